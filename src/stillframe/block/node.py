@@ -1,0 +1,275 @@
+"""What a block node is: bytes behind a name, and, where its driver can, snapshots of them.
+
+The block layer is synchronous: every call here may block on the host's storage and is made from a data-plane thread, never
+from the control plane's loop. All offsets and lengths are in bytes. Every call may raise `IOFailed` (with the errno) and,
+where the format's own tables are read, `ImageCorrupt`; a call that raised changed no byte that was flushed before.
+
+A change of an image's snapshots is made in two steps, so that several images can change together:
+
+    prepare   everything new is written to free clusters and flushed; the old world is whole and in force
+    commit    one write of the header switches; flushed
+    finish    what only the old world used is given back; a failure here leaks space and nothing else
+    roll_back instead of finish: the header is switched back, the old world is in force again
+    abandon   instead of commit: what was prepared is given back
+
+Nobody calls these but `snapshots/group.py`, which drives a set of them as one.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+from uuid import UUID
+
+
+class ExtentKind(Enum):
+    """What lies behind a range of a node."""
+
+    DATA = "data"
+    ZERO = "zero"
+    UNALLOCATED = "unallocated"
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A range of a node whose bytes are all of one kind.
+
+    :param host_offset: where the first byte lies in the image file; None where it has no place of its own.
+    :param depth: 0 for this node itself, 1 for its backing node, and so on.
+    """
+
+    offset: int
+    length: int
+    kind: ExtentKind
+    host_offset: int | None = None
+    depth: int = 0
+    compressed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMember:
+    """One image of a group of snapshots made together.
+
+    :param node_name: the node's name when the snapshot was made.
+    :param snapshot: the UUID of that image's own snapshot.
+    """
+
+    node_name: str
+    snapshot: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """Where a snapshot comes from; kept with it in the image.
+
+    :param snapshot: the snapshot's own UUID, never reused.
+    :param parent: the snapshot that the machine stood on, where there was one.
+    :param group: the UUID of the save that made it, the same on every image of that save.
+    :param members: every image of the group; the first holds the machine state.
+    :param description: a user's own words, at most 500 bytes of UTF-8.
+    """
+
+    snapshot: UUID
+    parent: UUID | None
+    group: UUID
+    members: tuple[GroupMember, ...] = ()
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotInfo:
+    """A snapshot as an image lists it.
+
+    :param id: decimal string, unique in its image.
+    :param state_size: bytes of machine state; 0 for a disk-only snapshot.
+    :param date_sec: wall clock, seconds since the epoch. :param date_nsec: and nanoseconds below one second.
+    :param vm_clock_ns: the guest's clock at the snapshot.
+    :param icount: instructions executed, where recorded.
+    :param disk_size: the disk's size at the snapshot, bytes.
+    :param lineage: None for a snapshot that stillframe did not make.
+    """
+
+    id: str
+    name: str
+    state_size: int
+    date_sec: int
+    date_nsec: int
+    vm_clock_ns: int
+    icount: int | None
+    disk_size: int
+    lineage: Lineage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRecord:
+    """What a snapshot to be made is to be called, and what is to be remembered with it; see `SnapshotInfo`."""
+
+    name: str
+    date_sec: int
+    date_nsec: int
+    vm_clock_ns: int = 0
+    icount: int | None = None
+    lineage: Lineage | None = None
+
+
+class Change(Protocol):
+    """A prepared change of one image's snapshots; the module's text gives the order of the calls."""
+
+    def commit(self) -> None: ...
+
+    def roll_back(self) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def abandon(self) -> None: ...
+
+
+class PendingSnapshot(Protocol):
+    """The content of a node frozen at an instant, not yet on the image's list.
+
+    From `SnapshotStore.freeze` until the change that `prepare` returns has committed, no frozen cluster is overwritten, freed
+    or punched; the node's own writes go elsewhere.
+    """
+
+    def write_state(self, offset: int, data: "bytes | bytearray | memoryview") -> None:
+        """Put machine state at `offset` of the snapshot's own state area.
+
+        :raise NoSpace: the snapshot can still be abandoned.
+        """
+        ...
+
+    def prepare(self, record: SnapshotRecord) -> Change:
+        """Make everything durable except the switch; after this the state can no longer be written.
+
+        :raise LimitReached: a refcount's width, the table's bounds.
+        """
+        ...
+
+    def abandon(self) -> None:
+        """Forget it: the node goes on as if `freeze` had not been called, and the state's space is given back."""
+        ...
+
+
+class SnapshotStore(Protocol):
+    """What a driver with internal snapshots offers."""
+
+    def snapshots(self) -> Sequence[SnapshotInfo]:
+        """In the order of the image's table."""
+        ...
+
+    def freeze(self) -> PendingSnapshot:
+        """Freeze the present content; no I/O, a cost that does not grow with the disk. The caller holds requests back.
+
+        :raise InUse: another pending snapshot of this node has not been committed or abandoned.
+        """
+        ...
+
+    def prepare_revert(self, snapshot: SnapshotInfo) -> Change:
+        """Make this snapshot's content, and disk size, the node's own. The state area is not mapped.
+
+        :raise NotFound: it is no longer there.
+        """
+        ...
+
+    def prepare_delete(self, snapshot: SnapshotInfo) -> Change:
+        """Take the snapshot off the list and give back what only it used. :raise NotFound: it is no longer there."""
+        ...
+
+    def read_state(self, snapshot: SnapshotInfo, offset: int, length: int) -> bytes:
+        """Machine state of a snapshot; shorter than `length` only at its end."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """What a node knows about its image, in QEMU's words (ImageInfo of the QAPI schema).
+
+    :param format_specific: None where the driver has nothing to say; else its type and data.
+    """
+
+    filename: str
+    format: str
+    virtual_size: int
+    actual_size: int | None
+    cluster_size: int | None = None
+    encrypted: bool = False
+    dirty: bool = False
+    backing_filename: str | None = None
+    backing_format: str | None = None
+    snapshots: tuple[SnapshotInfo, ...] = ()
+    format_specific: Mapping[str, Any] | None = None
+    children: tuple[tuple[str, "ImageInfo"], ...] = field(default=())
+
+
+class Node(ABC):
+    """A named source and sink of bytes.
+
+    Reads beyond the end and writes beyond the end are refused (`InvalidRequest`); sizes need not be multiples of 512.
+
+    :param node_name: unique in its graph.
+    :param read_only: writes are refused with `Refused`.
+    """
+
+    driver: str
+
+    def __init__(self, node_name: str, *, read_only: bool) -> None:
+        self.node_name = node_name
+        self.read_only = read_only
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Bytes."""
+
+    @property
+    @abstractmethod
+    def children(self) -> Mapping[str, "Node"]:
+        """The nodes below by role: "file", "backing"."""
+
+    @abstractmethod
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Fill the whole of `buffer` from `offset` on."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`readinto` for callers without a buffer of their own."""
+        buffer = bytearray(length)
+        self.readinto(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    @abstractmethod
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Put `data` at `offset`; durable after the next `flush` that follows its return."""
+
+    @abstractmethod
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
+        """Make a range read as zeroes. :param unmap: its space may be given back."""
+
+    @abstractmethod
+    def discard(self, offset: int, length: int) -> None:
+        """A hint: the content of the range is no longer needed. What it reads as afterwards is not defined."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Returns when all writes that returned before are on stable storage."""
+
+    @abstractmethod
+    def truncate(self, size: int) -> None:
+        """Set the size; new bytes read as zeroes."""
+
+    @abstractmethod
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """The range as maximal runs, in order, covering it exactly."""
+
+    @property
+    @abstractmethod
+    def snapshot_store(self) -> SnapshotStore | None:
+        """None where the driver cannot keep snapshots."""
+
+    @abstractmethod
+    def info(self) -> ImageInfo:
+        """The image described."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Flush, give up locks and descriptors. Closing twice is allowed; every other call after it is a mistake of ours."""
