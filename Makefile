@@ -1,0 +1,59 @@
+# Every target sets up what it needs; `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+JOBS ?= 2
+
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "stillframe needs Python 3.11 or newer; set PYTHON=python3.x" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+setup: $(STAMP) ## a virtual environment in .venv with stillframe in it
+
+demo: $(STAMP) ## the main job, end to end: a guest saved, wrecked and brought back
+	$(BIN)/stillframe demo
+
+peers: $(STAMP) ## what the tests compare with: Debian's QEMU 7.2 and 10.0, a Linux guest, the cross compiler
+	scripts/peers
+
+test: $(STAMP) peers ## every test; without the peers, those that need them are skipped by name
+	$(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff's format and lint, mypy --strict
+	$(BIN)/ruff format --check src tests bench
+	$(BIN)/ruff check src tests bench
+	$(BIN)/mypy
+
+format: $(STAMP) ## put the sources into ruff's format
+	$(BIN)/ruff format src tests bench
+	$(BIN)/ruff check --fix src tests bench
+
+guest: ## rebuild the bundled guest, byte for byte (compiler: guest/TOOLCHAIN)
+	$(MAKE) -C guest
+
+wheel: $(STAMP) ## build the wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m build --wheel --outdir dist .
+
+wheel-demo: wheel ## run the demo from the wheel alone, in an empty environment
+	scripts/wheel-demo dist/*.whl
+
+bench: $(STAMP) peers ## figures beside a peer's in the same run
+	$(BIN)/python bench/engine.py $(BENCH_ARGS)
+
+clean: ## remove what the targets made, not what they fetched
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove what was fetched, too
+	rm -rf .cache
+
+.PHONY: help setup demo peers test lint format guest wheel wheel-demo bench clean distclean

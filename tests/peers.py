@@ -1,0 +1,66 @@
+"""The programs that tests compare stillframe with, and what happens where one is missing.
+
+In CI (`STILLFRAME_PEERS=required`) a missing peer fails the test that needs it; elsewhere the test skips and names the line that
+installs it.
+"""
+
+import os
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache"
+
+_PACKAGES = {
+    "qemu-img": "qemu-utils",
+    "qemu-io": "qemu-utils",
+    "qemu-nbd": "qemu-utils",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "qemu-system-riscv64": "qemu-system-misc",
+    "riscv64-linux-gnu-gcc": "gcc-riscv64-linux-gnu libc6-dev-riscv64-cross",
+    "dtc": "device-tree-compiler",
+}
+
+
+def missing(what: str, remedy: str) -> None:
+    """Skip, or fail where peers are required."""
+    text = f"{what} is missing: {remedy}"
+    if os.environ.get("STILLFRAME_PEERS") == "required":
+        pytest.fail(text)
+    pytest.skip(text)
+
+
+def peer(name: str, version: str = "host") -> str:
+    """The path of a peer program; `version` "host" is the installed one, "10.0" that of `scripts/debian-qemu`."""
+    if version == "10.0":
+        path = CACHE / "debian-qemu" / "bin" / name
+        if not path.exists():
+            missing(f"{name} 10.0", "run scripts/debian-qemu")
+        return str(path)
+    found = shutil.which(name)
+    if found is None:
+        missing(name, f"apt-get install --no-install-recommends {_PACKAGES.get(name, name)}")
+        raise AssertionError("unreachable")
+    return found
+
+
+QEMU_VERSIONS = ("host", "10.0")
+"""Parametrise with these what must hold for every QEMU we compare with."""
+
+
+@cache
+def linux_guest() -> dict[str, Path]:
+    """Paths of the Linux guest by what they are: "kernel", "initrd", "check-initrd"."""
+    if not shutil.which("apt-get"):
+        missing("the Linux guest", "it is fetched from Debian's mirror with apt-get")
+    run = subprocess.run(
+        [str(ROOT / "scripts" / "debian-guest"), "--print"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    if run.returncode:
+        missing("the Linux guest", f"scripts/debian-guest said: {run.stderr.strip().splitlines()[-1:]}")
+    pairs = (line.split("=", 1) for line in run.stdout.splitlines() if "=" in line)
+    return {key: Path(value) for key, value in pairs}
