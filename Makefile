@@ -25,7 +25,7 @@ peers: $(STAMP) ## what the tests compare with: Debian's QEMU 7.2 and 10.0, a Li
 	scripts/peers
 
 test: $(STAMP) peers ## every test; without the peers, those that need them are skipped by name
-	$(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff's format and lint, mypy --strict
 	$(BIN)/ruff format --check src tests bench

@@ -57,9 +57,7 @@ def linux_guest() -> dict[str, Path]:
     """Paths of the Linux guest by what they are: "kernel", "initrd", "check-initrd"."""
     if not shutil.which("apt-get"):
         missing("the Linux guest", "it is fetched from Debian's mirror with apt-get")
-    run = subprocess.run(
-        [str(ROOT / "scripts" / "debian-guest"), "--print"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    run = subprocess.run([str(ROOT / "scripts" / "debian-guest"), "--print"], capture_output=True, text=True)
     if run.returncode:
         missing("the Linux guest", f"scripts/debian-guest said: {run.stderr.strip().splitlines()[-1:]}")
     pairs = (line.split("=", 1) for line in run.stdout.splitlines() if "=" in line)

@@ -23,7 +23,13 @@ LEVELS = {
     "testing": 6,
     "cli": 7,
 }
-MAY_NOT = {("jobs", "block"), ("block", "jobs"), ("vmstate", "jobs"), ("machine", "jobs"), ("client", "snapshots")}
+MAY_NOT = {
+    ("jobs", "block"),
+    ("block", "jobs"),
+    ("vmstate", "jobs"),
+    ("machine", "jobs"),
+    ("client", "snapshots"),
+}
 
 MODULES = sorted(SOURCE.rglob("*.py"))
 
@@ -59,7 +65,9 @@ def test_imports_point_down_the_house(path: Path) -> None:
 def test_every_room_can_be_read_in_one_sitting(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 550
     if path.name != "__init__.py" or path.stat().st_size:
-        assert ast.get_docstring(ast.parse(path.read_text())), "a module says in its first line what it is for"
+        assert ast.get_docstring(ast.parse(path.read_text())), (
+            "a module says in its first line what it is for"
+        )
 
 
 GPL_COMPATIBLE = re.compile(

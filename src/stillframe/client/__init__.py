@@ -1,0 +1,314 @@
+"""The other end of a monitor: `connect(name_or_address)`, for any QMP server, a real QEMU's too.
+
+The protocol is the library qemu.qmp's; here are names of machines, jobs seen through to their end, and one tree of errors.
+"""
+
+import asyncio
+import itertools
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
+from qemu.qmp.protocol import Runstate
+
+from stillframe.errors import Cancelled, NotFound, PeerError
+from stillframe.monitor.addresses import (
+    Address,
+    UnixAddress,
+    connected_socket,
+    machine_names,
+    machine_socket,
+    parse_address,
+)
+
+_POLL_SECONDS = 0.1
+_numbers = itertools.count()
+
+ProgressListener = Callable[[int, int], None]
+"""Called with what is done and what there is to do, in the job's unit."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobState:
+    """A job as `query-jobs` shows it.
+
+    :param done: and :param total: progress in the job's own unit; stillframe's snapshot jobs count bytes.
+    :param error: why it failed; None while it runs and where it succeeded.
+    """
+
+    id: str
+    type: str
+    status: str
+    done: int
+    total: int
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class QmpEvent:
+    """An event as the server told it; `seconds` is its wall clock."""
+
+    name: str
+    data: Mapping[str, Any]
+    seconds: float
+
+
+class JobFailed(PeerError):
+    """A job concluded with an error; the message is the job's."""
+
+    def __init__(self, job: JobState) -> None:
+        super().__init__(job.error or f"Job '{job.id}' ended in state '{job.status}'")
+        self.job = job
+
+
+def resolve(target: str) -> Address:
+    """The address of a machine's name, or the address itself where `target` is one.
+
+    :raise NotFound: no machine of that name. :raise InvalidRequest: neither a name nor an address.
+    """
+    if target == "stdio" or target.partition(":")[0] in ("unix", "tcp"):
+        return parse_address(target)
+    path = machine_socket(target, create=True)
+    if not path.exists():
+        names = machine_names()
+        known = f"There are: {', '.join(names)}." if names else "None is running under this user."
+        raise NotFound(f"There is no machine '{target}'", remedy=known)
+    return UnixAddress(path)
+
+
+class Client:
+    """A connection to a monitor; use it as `async with connect("box") as box:`.
+
+    One event loop's, not to be shared between threads. Every call may raise `PeerError`: the server answered with an error
+    (`error_class` is its class), or the connection is gone.
+    """
+
+    def __init__(self, target: str) -> None:
+        self.address = resolve(target)
+        self._qmp = QMPClient("stillframe")
+        self._qmp.logger = logging.getLogger("stillframe.client.qmp")
+        # The library logs what it also raises; only who asks for the log is to see it.
+        self._qmp.logger.setLevel(logging.CRITICAL)
+
+    async def __aenter__(self) -> "Client":
+        sock = connected_socket(self.address)
+        try:
+            await self._qmp.connect(sock)
+        except ConnectError as error:
+            sock.close()
+            raise PeerError(f"'{self.address}' did not answer as a QMP server: {error}") from error
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the connection; the machine goes on."""
+        if self._qmp.runstate != Runstate.IDLE:
+            try:
+                await self._qmp.disconnect()
+            except (QMPError, EOFError, OSError):
+                # It was ended from the other side, which every call that was under way has told already.
+                pass
+
+    @property
+    def connected(self) -> bool:
+        """Whether commands can be given."""
+        return self._qmp.runstate == Runstate.RUNNING
+
+    @property
+    def server_version(self) -> tuple[int, int, int]:
+        """QEMU's version as the server announces it."""
+        greeting = self._qmp.greeting
+        if greeting is None:
+            return (0, 0, 0)
+        qemu: Any = greeting.QMP.version["qemu"]
+        return (qemu["major"], qemu["minor"], qemu["micro"])
+
+    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        """Run one command and return what it returns.
+
+        :raise PeerError: its error, or the end of the connection.
+        """
+        try:
+            return await self._qmp.execute(command, dict(arguments) if arguments else None)
+        except ExecuteError as error:
+            raise PeerError(str(error), error_class=error.error_class) from error
+        except (QMPError, EOFError, OSError) as error:
+            raise PeerError(
+                f"The connection to '{self.address}' ended during '{command}'",
+                remedy="Is the machine still running?",
+            ) from error
+
+    @asynccontextmanager
+    async def events(self, *names: str) -> AsyncIterator[AsyncIterator[QmpEvent]]:
+        """Listen inside the block to the events named, or to all: `async with box.events("STOP") as events:`.
+
+        The iterator waits for the next event; leaving the block, or cancelling the task, ends the wait.
+        """
+        with self._qmp.listener(names or None) as listener:
+            yield self._each(listener)
+
+    async def _each(self, listener: EventListener) -> AsyncIterator[QmpEvent]:
+        while True:
+            message = await listener.get()
+            stamp: Any = message["timestamp"]
+            data: Any = message.get("data", {})
+            yield QmpEvent(str(message["event"]), data, stamp["seconds"] + stamp["microseconds"] / 1e6)
+
+    # The machine
+
+    async def status(self) -> str:
+        """The run state, as "running"."""
+        return str((await self.execute("query-status"))["status"])
+
+    async def stop(self) -> None:
+        """Pause the guest."""
+        await self.execute("stop")
+
+    async def cont(self) -> None:
+        """Let the guest run."""
+        await self.execute("cont")
+
+    async def quit(self) -> None:
+        """End the machine. Returns when the server has answered, or has gone without."""
+        try:
+            await self.execute("quit")
+        except PeerError as error:
+            if error.__cause__ is None or isinstance(error.__cause__, ExecuteError):
+                raise
+
+    # Jobs
+
+    async def jobs(self) -> list[JobState]:
+        """All jobs, newest first."""
+        return [
+            JobState(
+                each["id"],
+                each["type"],
+                each["status"],
+                each["current-progress"],
+                each["total-progress"],
+                each.get("error"),
+            )
+            for each in await self.execute("query-jobs")
+        ]
+
+    async def run_job(
+        self,
+        command: str,
+        arguments: Mapping[str, Any],
+        *,
+        job_id: str | None = None,
+        progress: ProgressListener | None = None,
+    ) -> JobState:
+        """Start a job, see it through to its end, and dismiss it.
+
+        If the task is cancelled the job is cancelled too, and its end awaited: nothing of it is left behind.
+
+        :param job_id: chosen where None is given.
+        :raise JobFailed: the job's own error. :raise PeerError: it could not be started.
+        """
+        job_id = job_id or f"stillframe-{os.getpid()}-{next(_numbers)}"
+        with self._qmp.listener("JOB_STATUS_CHANGE") as listener:
+            await self.execute(command, {"job-id": job_id, **arguments})
+            try:
+                job = await self._until_concluded(job_id, listener, progress)
+            except asyncio.CancelledError:
+                await asyncio.shield(self._cancel(job_id, listener))
+                raise
+        await self.execute("job-dismiss", {"id": job_id})
+        if job.error is not None:
+            if job.error == str(Cancelled()):
+                raise Cancelled(left="Nothing of it is left behind.")
+            raise JobFailed(job)
+        return job
+
+    async def _until_concluded(
+        self, job_id: str, listener: EventListener, progress: ProgressListener | None
+    ) -> JobState:
+        while True:
+            job = next((each for each in await self.jobs() if each.id == job_id), None)
+            if job is None:
+                raise PeerError(f"Job '{job_id}' vanished: somebody else dismissed it")
+            if progress is not None:
+                progress(job.done, job.total)
+            if job.status == "concluded":
+                return job
+            try:
+                await asyncio.wait_for(listener.get(), _POLL_SECONDS)
+            except TimeoutError:
+                continue
+
+    async def _cancel(self, job_id: str, listener: EventListener) -> None:
+        try:
+            await self.execute("job-cancel", {"id": job_id})
+        except PeerError:
+            # It has just concluded, or is past the point from which it can be undone: then its end is awaited.
+            pass
+        await self._until_concluded(job_id, listener, None)
+        await self.execute("job-dismiss", {"id": job_id})
+
+    # Snapshots
+
+    async def save(
+        self,
+        tag: str,
+        *,
+        vmstate: str,
+        devices: Sequence[str],
+        job_id: str | None = None,
+        progress: ProgressListener | None = None,
+    ) -> JobState:
+        """Take a snapshot: machine state into the node `vmstate`, and all nodes of `devices`; `snapshot-save`.
+
+        :raise JobFailed: nothing was saved, and the guest goes on.
+        """
+        arguments = {"tag": tag, "vmstate": vmstate, "devices": list(devices)}
+        return await self.run_job("snapshot-save", arguments, job_id=job_id, progress=progress)
+
+    async def load(
+        self,
+        tag: str,
+        *,
+        vmstate: str,
+        devices: Sequence[str],
+        job_id: str | None = None,
+        progress: ProgressListener | None = None,
+    ) -> JobState:
+        """Bring a snapshot back; `snapshot-load`.
+
+        :raise JobFailed: with stillframe's server everything is as before; with QEMU's the guest may stand still.
+        """
+        arguments = {"tag": tag, "vmstate": vmstate, "devices": list(devices)}
+        return await self.run_job("snapshot-load", arguments, job_id=job_id, progress=progress)
+
+    async def delete(
+        self,
+        tag: str,
+        *,
+        devices: Sequence[str],
+        job_id: str | None = None,
+        progress: ProgressListener | None = None,
+    ) -> JobState:
+        """Delete a snapshot from the nodes; `snapshot-delete`. A tag that is nowhere is no error, as with QEMU."""
+        arguments = {"tag": tag, "devices": list(devices)}
+        return await self.run_job("snapshot-delete", arguments, job_id=job_id, progress=progress)
+
+
+def connect(target: str) -> Client:
+    """A client of the machine called `target`, or of the QMP server at that address (unix:PATH, tcp:HOST:PORT).
+
+        async with stillframe.connect("box") as box:
+            await box.save("before-upgrade", vmstate="root", devices=["root"])
+
+    :raise NotFound: no machine of that name. :raise PeerError: from entering the block: nobody answers.
+    """
+    return Client(target)

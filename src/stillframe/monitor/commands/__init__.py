@@ -1,0 +1,11 @@
+"""The commands, one module a family; importing this declares them all."""
+
+from stillframe.monitor.commands import (  # noqa: F401
+    block,
+    human,
+    internal_snapshots,
+    introspection,
+    job,
+    machine,
+    snapshots,
+)

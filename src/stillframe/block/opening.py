@@ -1,0 +1,290 @@
+"""From options to open nodes: drivers, what children inherit, and the backing chain that an image names.
+
+An image's own words choose only what is opened read-only, and only among these drivers; see
+`_backing_options`.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stillframe.block.file import FileNode, same_file
+from stillframe.block.node import Node
+from stillframe.block.null import NullNode
+from stillframe.block.options import NodeOptions, parse_json_options, read_options
+from stillframe.block.permissions import UNUSED
+from stillframe.block.raw import RawNode
+from stillframe.block.structure import Edge, Entry, Structure
+from stillframe.errors import InvalidRequest, StillframeError, Unsupported
+
+MAX_CHAIN = 200
+"""Images in one backing chain, at most."""
+
+_QCOW2_MAGIC = b"QFI\xfb"
+_PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+
+
+@dataclass(frozen=True, slots=True)
+class _Inherited:
+    """What a node takes from its parent where its own options do not say."""
+
+    read_only: bool
+    auto_read_only: bool
+    force_share: bool
+    discard: bool
+
+
+_ROOT = _Inherited(read_only=False, auto_read_only=False, force_share=False, discard=False)
+
+
+def open_tree(structure: Structure, options: NodeOptions) -> Node:
+    """Open a node and everything inside its options, all or nothing; it is the monitor's."""
+    return _node_of(_open(structure, options, _ROOT, owned=True, above=()))
+
+
+def probe_format(file: Node) -> str:
+    """ "qcow2" by its magic number, else "raw".
+
+    What a guest wrote to a raw disk decides here, so nobody may write to a raw image that was only found by
+    this.
+    """
+    return "qcow2" if file.read(0, min(4, file.size)) == _QCOW2_MAGIC else "raw"
+
+
+def read_backing(file: Node) -> tuple[str, str | None] | None:
+    """The name and the driver that a qcow2 image records of what lies below it; None where it names nothing.
+
+    :raise InvalidRequest: it is not qcow2. :raise Unsupported: a feature, by name. :raise ImageCorrupt: out
+        of bounds.
+    """
+    from stillframe.block.qcow2.layout import EXTENSION_BACKING_FORMAT, MAX_CLUSTER_BITS, parse_header
+
+    header = parse_header(file.read(0, min(file.size, 1 << MAX_CLUSTER_BITS)))
+    if not header.backing_name:
+        return None
+    kind = header.extension(EXTENSION_BACKING_FORMAT)
+    return os.fsdecode(header.backing_name), kind.decode("utf-8", "backslashreplace") if kind else None
+
+
+def full_backing_name(image: str, backing: str) -> str:
+    """A backing name as a path from here: relative ones start at the image's own directory."""
+    if _PROTOCOL.match(backing) or os.path.isabs(backing):
+        return backing
+    return os.path.join(os.path.dirname(image), backing)
+
+
+def protocol_file(node: Node) -> FileNode | None:
+    """The file at the bottom of a node's "file" children."""
+    here: Node | None = node
+    while here is not None and not isinstance(here, FileNode):
+        here = here.children.get("file")
+    return here
+
+
+def _open(
+    structure: Structure,
+    options: NodeOptions,
+    inherited: _Inherited,
+    *,
+    owned: bool,
+    above: tuple[str, ...],
+) -> Entry:
+    """:param above: the files of the images that this one is to back, the top of the chain first."""
+    settled = _settle(options, inherited)
+    entry = structure.new_entry(options, read_only=settled.read_only, owned=owned)
+    try:
+        if options.driver in ("file", "host_device"):
+            structure.list_entry(entry)
+            entry.node = _open_file(entry, settled, above)
+            entry.read_only = entry.node.read_only
+        elif options.driver == "null-co":
+            structure.list_entry(entry)
+            entry.node = _open_null(entry)
+        else:
+            _open_format(structure, entry, settled, above)
+    except BaseException:
+        # Nothing has been written through it, so a failing close has nothing to add.
+        structure.drop(entry)
+        raise
+    return entry
+
+
+def _settle(options: NodeOptions, inherited: _Inherited) -> _Inherited:
+    def choose(own: bool | None, other: bool) -> bool:
+        return other if own is None else own
+
+    settled = _Inherited(
+        read_only=choose(options.read_only, inherited.read_only),
+        auto_read_only=choose(options.auto_read_only, inherited.auto_read_only),
+        force_share=choose(options.force_share, inherited.force_share),
+        discard=choose(options.discard, inherited.discard),
+    )
+    if settled.force_share and not settled.read_only:
+        raise InvalidRequest("force-share=on can only be used with read-only images")
+    return settled
+
+
+def _open_file(entry: Entry, settled: _Inherited, above: tuple[str, ...]) -> FileNode:
+    filename = entry.options.settings["filename"]
+    if not filename:
+        raise InvalidRequest("The 'file' block driver requires a file name")
+    if any(same_file(filename, other) for other in above):
+        raise InvalidRequest(
+            f"The backing chain of '{above[0]}' leads back to '{filename}'",
+            remedy="Give the image a backing file that is not above it, as by backing.filename.",
+        )
+    return FileNode(
+        entry.name,
+        filename,
+        read_only=settled.read_only,
+        auto_read_only=settled.auto_read_only,
+        locking="off" if settled.force_share else entry.options.settings.get("locking", "auto"),
+        discard=settled.discard,
+        permissions=UNUSED,
+    )
+
+
+def _open_null(entry: Entry) -> NullNode:
+    words = {name.replace("-", "_"): value for name, value in entry.options.settings.items()}
+    return NullNode(entry.name, read_only=entry.read_only, **words)
+
+
+def _open_format(structure: Structure, entry: Entry, settled: _Inherited, above: tuple[str, ...]) -> None:
+    # The driver takes care of what its file is asked for, so the file itself passes every discard on.
+    file = _child(structure, entry, "file", replace(settled, discard=True), above)
+    if file is None:
+        raise InvalidRequest("Parameter 'file' is missing")
+    structure.list_entry(entry)
+    structure.connect(Edge(file, "file", parent=entry))
+    bytes_below = _node_of(file)
+    if entry.options.driver == "raw":
+        settings = entry.options.settings
+        entry.node = RawNode(
+            entry.name,
+            bytes_below,
+            read_only=entry.read_only,
+            offset=settings.get("offset", 0),
+            size=settings.get("size"),
+            discard=settled.discard,
+        )
+        return
+    from stillframe.block.qcow2 import Qcow2Node
+
+    backing = _open_backing(structure, entry, settled, bytes_below, above)
+    entry.node = Qcow2Node(entry.name, bytes_below, read_only=entry.read_only, backing=backing)
+
+
+def _child(
+    structure: Structure, entry: Entry, role: str, inherited: _Inherited, above: tuple[str, ...]
+) -> Entry | None:
+    asked = entry.options.children.get(role)
+    if asked is None:
+        return None
+    if isinstance(asked, str):
+        return structure.existing(asked)
+    return _open(structure, asked, inherited, owned=False, above=above)
+
+
+def _open_backing(
+    structure: Structure, entry: Entry, settled: _Inherited, file: Node, above: tuple[str, ...]
+) -> Node | None:
+    named = read_backing(file)
+    overridden = "backing" in entry.options.children
+    if overridden and entry.options.children["backing"] in (None, ""):
+        return None
+    if not overridden and named is None:
+        return None
+    bottom = protocol_file(file)
+    image = bottom.filename if bottom else ""
+    above = (*above, image)
+    below = replace(settled, read_only=True, auto_read_only=False)
+    try:
+        if len(above) > MAX_CHAIN:
+            raise InvalidRequest(f"The backing chain of '{above[0]}' has more than {MAX_CHAIN} images")
+        if overridden:
+            backing = _child(structure, entry, "backing", below, above)
+        else:
+            backing = _open_named(structure, image, named, below, above)
+        if backing is None:
+            return None
+    except StillframeError as error:
+        # The same refusal, said of the backing file.
+        error.message = f"Could not open backing file: {error.message}"
+        error.args = (error.message,)
+        raise
+    structure.connect(Edge(backing, "backing", parent=entry))
+    return _node_of(backing)
+
+
+def _open_named(
+    structure: Structure,
+    image: str,
+    named: tuple[str, str | None] | None,
+    below: _Inherited,
+    above: tuple[str, ...],
+) -> Entry | None:
+    if named is None:
+        return None
+    name, kind = named
+    options = backing_options(image, name, kind)
+    if options.driver not in ("file", "host_device") or kind == "file":
+        return _open(structure, options, below, owned=False, above=above)
+    # A bare file: the header did not say what is in it.
+    probe = _open(structure, options, below, owned=False, above=above)
+    driver = probe_format(_node_of(probe))
+    structure.drop(probe)
+    return _open(structure, NodeOptions(driver, children={"file": options}), below, owned=False, above=above)
+
+
+def backing_options(image: str, name: str, kind: str | None) -> NodeOptions:
+    """An image's words for what lies below it: read-only, no names of nodes, no locks of its own choosing.
+
+    :param image: the file with the words. :param kind: the driver, where the header names one; else the
+        answer may be a bare file, to be probed.
+    :raise Unsupported: a driver or protocol that we do not do. :raise InvalidRequest: options that are none.
+    """
+    if name.startswith("json:"):
+        options = read_options(parse_json_options(name.removeprefix("json:")))
+        _refuse_references(options)
+        options = _read_only(options)
+    else:
+        path = name.removeprefix("file:")
+        protocol = _PROTOCOL.match(path)
+        if protocol:
+            raise Unsupported(f"Unknown protocol '{protocol[1]}'")
+        options = NodeOptions("file", settings={"filename": full_backing_name(image, path)})
+    if kind is None or kind == options.driver or options.driver != "file":
+        return options
+    if kind not in ("qcow2", "raw"):
+        raise Unsupported(f"Unknown driver '{kind}'")
+    return NodeOptions(kind, children={"file": options})
+
+
+def _refuse_references(options: NodeOptions) -> None:
+    for each in _tree(options):
+        if any(isinstance(child, str) for child in each.children.values()):
+            raise Unsupported("An image may not name a node of the machine as its backing file")
+
+
+def _tree(options: NodeOptions) -> Iterator[NodeOptions]:
+    yield options
+    for child in options.children.values():
+        if isinstance(child, NodeOptions):
+            yield from _tree(child)
+
+
+def _read_only(options: NodeOptions) -> NodeOptions:
+    children: dict[str, Any] = {
+        role: _read_only(child) if isinstance(child, NodeOptions) else child
+        for role, child in options.children.items()
+    }
+    settings = {name: value for name, value in options.settings.items() if name != "locking"}
+    return replace(options, node_name=None, read_only=True, settings=settings, children=children)
+
+
+def _node_of(entry: Entry) -> Node:
+    if entry.node is None:
+        raise InvalidRequest(f"Node '{entry.name}' has not been opened")
+    return entry.node

@@ -1,0 +1,49 @@
+"""Where the persistent bitmaps of an image lie, so that a check counts them; stillframe neither reads nor keeps them.
+
+header extension   bitmaps 4, reserved 4, directory length 8, directory offset 8
+directory entry    table offset 8, table entries 4, flags 4, type 1, granularity 1, name length 2, extra length 4,
+                   extra data, name, padding to 8
+table entry        bits 55..9 host offset of a cluster of the bitmap
+"""
+
+import struct
+from collections.abc import Iterator
+
+from stillframe.block.qcow2.image import Image
+from stillframe.block.qcow2.layout import EXTENSION_BITMAPS, OFFSET_MASK
+from stillframe.errors import ImageCorrupt
+
+_EXTENSION = struct.Struct(">IIQQ")
+_ENTRY = struct.Struct(">QIIBBHI")
+_MAX_BITMAPS = 65535
+_MAX_DIRECTORY_BYTES = _MAX_BITMAPS * 1104
+_MAX_TABLE_BYTES = 64 << 20
+
+
+def bitmap_ranges(image: Image) -> Iterator[tuple[int, int]]:
+    """Offset and length of the directory, and of each bitmap's table and clusters.
+
+    :raise ImageCorrupt: the directory is out of bounds.
+    """
+    data = image.header.extension(EXTENSION_BITMAPS)
+    if data is None:
+        return
+    if len(data) < _EXTENSION.size:
+        raise ImageCorrupt("bitmaps_ext: Invalid extension length")
+    count, _reserved, length, offset = _EXTENSION.unpack_from(data)
+    if count > _MAX_BITMAPS or length > _MAX_DIRECTORY_BYTES or offset + length > image.file.size:
+        raise ImageCorrupt("bitmaps_ext: the bitmap directory is out of bounds")
+    yield offset, length
+    directory = image.file.read(offset, length)
+    at = 0
+    for _ in range(count):
+        if at + _ENTRY.size > length:
+            raise ImageCorrupt("The bitmap directory ends too early")
+        table, entries, _flags, _type, _granularity, name, extra = _ENTRY.unpack_from(directory, at)
+        at += -(-(_ENTRY.size + extra + name) // 8) * 8
+        if entries * 8 > _MAX_TABLE_BYTES or table + entries * 8 > image.file.size:
+            raise ImageCorrupt("A bitmap's table is out of bounds")
+        yield table, entries * 8
+        for (word,) in struct.iter_unpack(">Q", image.file.read(table, entries * 8)):
+            if word & OFFSET_MASK:
+                yield word & OFFSET_MASK, image.cluster_size

@@ -1,0 +1,335 @@
+"""What the three operations on snapshots make of the tables, as `Change`s (block/node.py) over a shadow switch.
+
+    create  the snapshot takes the frozen L2 tables as they are; the active side gets copies of those in which a cluster
+            loses COPIED, and shares the others
+    revert  the active side shares the snapshot's L2 tables, or gets copies where they carry COPIED
+    delete  the active side gets copies of the L2 tables in which a cluster is the image's own again
+
+A refcount counts paths: a cluster under a shared L2 table has one reference from each tree that leads through it.
+"""
+
+from collections.abc import Callable
+from enum import Enum
+
+import numpy as np
+
+from stillframe.block.node import Change, SnapshotRecord
+from stillframe.block.qcow2.image import Image, World
+from stillframe.block.qcow2.layout import MAX_L1_BYTES
+from stillframe.block.qcow2.lineage import pack_lineage
+from stillframe.block.qcow2.pending import Pending
+from stillframe.block.qcow2.shadow import (
+    U_COMPRESSED,
+    U_COPIED,
+    U_OFFSET,
+    Entries,
+    Shadow,
+    clusters_of,
+    l1_words,
+    pack_words,
+    read_tables,
+)
+from stillframe.block.qcow2.snapshot_table import (
+    MAX_SNAPSHOTS,
+    SnapshotEntry,
+    check_l1_place,
+    next_id,
+    pack_extra,
+)
+from stillframe.errors import ImageCorrupt, InUse, InvalidRequest, LimitReached, Unsupported
+
+
+class Stage(Enum):
+    """How far a change has come."""
+
+    PREPARED = "prepared"
+    COMMITTED = "committed"
+    OVER = "over"
+
+
+class SwitchChange:
+    """A `Change`: a shadow that is durable, and the switch to it."""
+
+    def __init__(self, shadow: Shadow, new: World, pending: Pending | None = None) -> None:
+        self._image = shadow.image
+        self._shadow = shadow
+        self._old = shadow.old
+        self._new = new
+        self._pending = pending
+        self._stage = Stage.PREPARED
+        self._lease: list[tuple[int, int]] = []
+
+    def commit(self) -> None:
+        """See `Change`. After an error the old world is in force, or not known to be and the image takes no writes."""
+        if self._stage is not Stage.PREPARED:
+            raise InUse("This change of the image's snapshots was committed or given up before")
+        image = self._image
+        image.switch_world(self._new)
+        with image.gate.lock:
+            self._lease = image.refcounts.take_lease()
+            image.forget_tables()
+        self._stage = Stage.COMMITTED
+
+    def finish(self) -> None:
+        """See `Change`; for a second time, nothing."""
+        if self._stage is not Stage.COMMITTED:
+            return
+        image = self._image
+        bits = image.header.cluster_bits
+        try:
+            if self._pending is not None:
+                with image.gate.lock:
+                    self._pending.end()
+            with image.gate.lock:
+                image.gate.wait_until_quiet()
+            for first, count in self._shadow.freed():
+                image.file.discard(first << bits, count << bits)
+        finally:
+            self._over()
+
+    def roll_back(self) -> None:
+        """See `Change`; before a commit it is `abandon`, for a second time nothing."""
+        if self._stage is not Stage.COMMITTED:
+            self.abandon()
+            return
+        image = self._image
+        try:
+            image.restore_world(self._old)
+            with image.gate.lock:
+                image.forget_tables()
+                for first, count in self._lease:
+                    image.refcounts.give_back(first, count)
+        finally:
+            self._over()
+        if self._pending is not None:
+            self._pending.abandon()
+
+    def abandon(self) -> None:
+        """See `Change`; for a second time, nothing."""
+        if self._stage is not Stage.PREPARED:
+            return
+        image = self._image
+        try:
+            if image.is_in_doubt:
+                # A commit has failed, and putting the old world back, too: perhaps it can be done now.
+                image.restore_world(self._old)
+        finally:
+            self._over()
+        if self._pending is not None:
+            self._pending.abandon()
+
+    def _over(self) -> None:
+        self._stage = Stage.OVER
+        if not self._image.is_in_doubt:
+            # Otherwise both worlds may be in force: nothing of either is handed out any more.
+            self._shadow.give_up()
+        self._image.gate.end_switch()
+
+
+def _switch(image: Image, build: Callable[[Shadow], World], pending: Pending | None = None) -> SwitchChange:
+    """Build a new world inside a switch; on an error nothing has changed."""
+    image.refuse_if_broken()
+    image.flush()
+    image.gate.begin_switch()
+    shadow = None
+    try:
+        image.settle_all()
+        shadow = Shadow(image)
+        return SwitchChange(shadow, build(shadow), pending)
+    except BaseException:
+        if shadow is not None:
+            shadow.give_up()
+        image.gate.end_switch()
+        raise
+
+
+def switch_now(image: Image, build: Callable[[Shadow], World]) -> None:
+    """A change that stands alone: prepared, committed and finished, or nothing."""
+    change = _switch(image, build)
+    try:
+        change.commit()
+    except BaseException:
+        change.abandon()
+        raise
+    change.finish()
+
+
+def prepare_create(image: Image, pending: Pending, record: SnapshotRecord) -> Change:
+    """See `PendingSnapshot.prepare`."""
+    name = record.name.encode("utf-8", "surrogateescape")
+    if len(name) > 255:
+        raise InvalidRequest(f"The snapshot name has {len(name)} bytes, 255 are allowed")
+    old = image.world
+    size = old.header.size
+    if len(old.snapshots) >= MAX_SNAPSHOTS:
+        raise LimitReached(f"An image holds at most {MAX_SNAPSHOTS} snapshots")
+    extra = pack_extra(
+        pending.state_size, size, record.icount, pack_lineage(record.lineage) if record.lineage else b""
+    )
+
+    def build(shadow: Shadow) -> World:
+        l1_size = image.header.l1_entries_for(size)
+        active = l1_words(image.world.l1)
+        _release_tree(shadow, active[l1_size:])
+        snapshot = l1_words(pending.frozen_l1)[:l1_size] & ~U_COPIED
+        new_active = _share_with_snapshot(shadow, pending, active[:l1_size])
+        state = _place_state(shadow, pending)
+        snapshot = np.concatenate((snapshot, state))
+        if len(snapshot) * 8 > MAX_L1_BYTES:
+            raise LimitReached("The machine state does not fit into the snapshot's L1 table")
+        entry = SnapshotEntry(
+            l1_offset=shadow.place(pack_words(snapshot)),
+            l1_size=len(snapshot),
+            id=next_id(image.world.snapshots),
+            name=name,
+            date_sec=record.date_sec,
+            date_nsec=record.date_nsec,
+            vm_clock_ns=record.vm_clock_ns,
+            state_size_32=0,
+            extra=extra,
+        )
+        kept = tuple(entry.completed(size) for entry in image.world.snapshots)
+        return shadow.world(l1=pack_words(new_active), snapshots=(*kept, entry))
+
+    return _switch(image, build, pending)
+
+
+def _share_with_snapshot(shadow: Shadow, pending: Pending, active: Entries) -> Entries:
+    """The active L1 once the snapshot has taken the frozen tree."""
+    image = shadow.image
+    bits = image.header.cluster_bits
+    new = active.copy()
+    used = np.flatnonzero(active & U_OFFSET)
+    for which, tables in read_tables(image, active[used] & U_OFFSET):
+        indices = used[which]
+        fresh = np.zeros(tables.shape, np.bool_)
+        is_fresh = np.zeros(len(tables), np.bool_)
+        for row, l1_index in enumerate(indices.tolist()):
+            flags = pending.fresh_flags(l1_index)
+            if flags is not None:
+                is_fresh[row] = True
+                fresh[row] = np.frombuffer(flags, np.bool_)
+        shadow.add(clusters_of(tables[~fresh], bits), +1)
+        shared = np.where(fresh, tables, _without_copied(tables))
+        changed = (shared != tables).any(axis=1)
+        # A table of the snapshot's that needs no change is used by both; one of the active side's alone stays its own.
+        both = ~is_fresh & ~changed
+        shadow.add((active[indices[both]] & U_OFFSET).astype(np.int64) >> bits, +1)
+        new[indices[both]] &= ~U_COPIED
+        if changed.any():
+            new[indices[changed]] = shadow.place_tables(shared[changed]) | U_COPIED
+        replaced = is_fresh & changed
+        shadow.add((active[indices[replaced]] & U_OFFSET).astype(np.int64) >> bits, -1)
+    return new
+
+
+def _place_state(shadow: Shadow, pending: Pending) -> Entries:
+    """L2 tables over the state's clusters: their L1 entries."""
+    header = shadow.image.header
+    for first, count in pending.reserved:
+        shadow.count_new(first, count)
+    hosts = np.frombuffer(pending.state_hosts, np.int64).astype(np.uint64) << np.uint64(header.cluster_bits)
+    if not len(hosts):
+        return np.zeros(0, np.uint64)
+    rows = -(-len(hosts) // header.l2_entries)
+    tables = np.zeros(rows * header.l2_entries, np.uint64)
+    tables[: len(hosts)] = hosts
+    return shadow.place_tables(tables.reshape(rows, -1))
+
+
+def prepare_revert(image: Image, entry: SnapshotEntry) -> Change:
+    """See `SnapshotStore.prepare_revert`."""
+    _refuse_if_pending(image)
+    if image.has_bitmaps:
+        raise Unsupported("Device has active dirty bitmaps", remedy="Remove the bitmaps first.")
+    header = image.header
+    check_l1_place(entry, header)
+    size = entry.disk_size(header.size)
+    if size != header.size and header.version < 3:
+        raise Unsupported("Can't resize a v2 image which has snapshots")
+    l1_size = header.l1_entries_for(size)
+    if l1_size * 8 > MAX_L1_BYTES:
+        raise ImageCorrupt("Snapshot L1 table too large")
+
+    def build(shadow: Shadow) -> World:
+        words = np.zeros(l1_size, np.uint64)
+        present = min(l1_size, entry.l1_size)
+        words[:present] = l1_words(image.file.read(entry.l1_offset, present * 8))
+        used = np.flatnonzero(words & U_OFFSET)
+        words[:] &= U_OFFSET
+        new = words.copy()
+        bits = header.cluster_bits
+        # Released first: what both trees share keeps the snapshot's own reference, and passes no limit on the way.
+        _release_tree(shadow, l1_words(image.world.l1))
+        for which, tables in read_tables(image, words[used]):
+            indices = used[which]
+            shadow.add(clusters_of(tables, bits), +1)
+            shared = _without_copied(tables)
+            changed = (shared != tables).any(axis=1)
+            shadow.add(words[indices[~changed]].astype(np.int64) >> bits, +1)
+            if changed.any():
+                new[indices[changed]] = shadow.place_tables(shared[changed]) | U_COPIED
+        return shadow.world(l1=pack_words(new), snapshots=None, size=size)
+
+    return _switch(image, build)
+
+
+def prepare_delete(image: Image, entry: SnapshotEntry) -> Change:
+    """See `SnapshotStore.prepare_delete`."""
+    _refuse_if_pending(image)
+    check_l1_place(entry, image.header)
+
+    def build(shadow: Shadow) -> World:
+        _release_tree(shadow, l1_words(image.file.read(entry.l1_offset, entry.l1_size * 8)))
+        shadow.free_bytes(entry.l1_offset, entry.l1_size * 8)
+        active = l1_words(image.world.l1)
+        new = own_again(shadow, active)
+        kept = tuple(
+            other.completed(image.header.size) for other in image.world.snapshots if other is not entry
+        )
+        l1 = None if np.array_equal(new, active) else pack_words(new)
+        return shadow.world(l1=l1, snapshots=kept)
+
+    return _switch(image, build)
+
+
+def own_again(shadow: Shadow, active: Entries) -> Entries:
+    """The active L1 with COPIED wherever, and only where, the new world's refcount is one."""
+    bits = shadow.image.header.cluster_bits
+    new = active.copy()
+    used = np.flatnonzero(active & U_OFFSET)
+    offsets = active & U_OFFSET
+    for which, tables in read_tables(shadow.image, offsets[used]):
+        indices = used[which]
+        plain = ((tables & U_OFFSET) != 0) & ((tables & U_COMPRESSED) == 0)
+        hosts = (tables[plain] & U_OFFSET).astype(np.int64) >> bits
+        right = _without_copied(tables)
+        right[plain] |= np.where(shadow.counts_of(hosts) == 1, U_COPIED, np.uint64(0))
+        changed = (right != tables).any(axis=1)
+        same = indices[~changed]
+        counts = shadow.counts_of(offsets[same].astype(np.int64) >> bits)
+        new[same] = offsets[same] | np.where(counts == 1, U_COPIED, np.uint64(0))
+        if changed.any():
+            shadow.add(offsets[indices[changed]].astype(np.int64) >> bits, -1)
+            new[indices[changed]] = shadow.place_tables(right[changed]) | U_COPIED
+    return new
+
+
+def _release_tree(shadow: Shadow, l1: Entries) -> None:
+    """One path less to everything under these L1 entries, the L2 tables too."""
+    bits = shadow.image.header.cluster_bits
+    offsets = l1 & U_OFFSET
+    offsets = offsets[offsets != 0]
+    for which, tables in read_tables(shadow.image, offsets):
+        shadow.add(clusters_of(tables.reshape(-1), bits), -1)
+        shadow.add(offsets[which].astype(np.int64) >> bits, -1)
+
+
+def _without_copied(tables: Entries) -> Entries:
+    """COPIED cleared, which compressed entries never carry."""
+    return tables & ~U_COPIED
+
+
+def _refuse_if_pending(image: Image) -> None:
+    if image.pending is not None:
+        raise InUse("A snapshot of the image is pending: commit or abandon it first")

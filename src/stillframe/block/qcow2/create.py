@@ -1,0 +1,133 @@
+"""New images."""
+
+from typing import Literal
+
+from stillframe.block.node import Node
+from stillframe.block.qcow2.image_file import ImageFile
+from stillframe.block.qcow2.layout import (
+    EXTENSION_BACKING_FORMAT,
+    EXTENSION_FEATURE_NAMES,
+    LAZY_REFCOUNTS,
+    MAX_CLUSTER_BITS,
+    MAX_L1_BYTES,
+    MAX_OFFSET,
+    MIN_CLUSTER_BITS,
+    Header,
+    feature_names,
+    pack_header,
+)
+from stillframe.errors import InvalidRequest
+
+Compat = Literal["0.10", "1.1"]
+
+
+def create_image(
+    file: Node,
+    size: int,
+    *,
+    cluster_size: int = 65536,
+    refcount_bits: int = 16,
+    compat: Compat = "1.1",
+    backing_file: str | None = None,
+    backing_format: str | None = None,
+    lazy_refcounts: bool = False,
+) -> None:
+    """Make a node hold an empty image; what it held is lost. Everything is durable at the return.
+
+    :param file: open and writable; made as long as the image's tables.
+    :param size: of the disk, in bytes; rounded up to a multiple of 512.
+    :param cluster_size: a power of two from 512 to 2 MiB. :param refcount_bits: a power of two from 1 to 64.
+    :param backing_file: the name to record; it is not opened. :param backing_format: the driver to record with it.
+    :raise InvalidRequest: an option out of its bounds, in QEMU's words.
+    """
+    cluster_bits = cluster_size.bit_length() - 1
+    if cluster_size != 1 << cluster_bits or not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
+        raise InvalidRequest("Cluster size must be a power of two between 512 and 2048k")
+    order = refcount_bits.bit_length() - 1
+    if refcount_bits < 1 or refcount_bits != 1 << order or order > 6:
+        raise InvalidRequest("Refcount width must be a power of two and may not exceed 64 bits")
+    if compat not in ("0.10", "1.1"):
+        raise InvalidRequest(f"Invalid compatibility level: '{compat}'")
+    if compat == "0.10" and refcount_bits != 16:
+        raise InvalidRequest(
+            "Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)"
+        )
+    if compat == "0.10" and lazy_refcounts:
+        raise InvalidRequest(
+            "Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)"
+        )
+    if backing_format is not None and backing_file is None:
+        raise InvalidRequest("Backing format cannot be used without backing file")
+    size = -(-size // 512) * 512
+    if not 0 <= size < MAX_OFFSET:
+        raise InvalidRequest("Image size must be between 0 and 64 PiB")
+    extensions: list[tuple[int, bytes]] = []
+    if backing_format is not None:
+        extensions.append((EXTENSION_BACKING_FORMAT, backing_format.encode()))
+    if compat == "1.1" and cluster_size >= 4096:
+        extensions.append((EXTENSION_FEATURE_NAMES, feature_names()))
+    header = Header(
+        version=3 if compat == "1.1" else 2,
+        cluster_bits=cluster_bits,
+        size=size,
+        l1_size=0,
+        l1_offset=0,
+        refcount_table_offset=cluster_size,
+        refcount_table_clusters=1,
+        compatible=LAZY_REFCOUNTS if lazy_refcounts else 0,
+        refcount_order=order,
+        extensions=tuple(extensions),
+        backing_name=(backing_file or "").encode("utf-8", "surrogateescape"),
+    )
+    _write_tables(ImageFile(file), header)
+
+
+def _write_tables(file: ImageFile, empty: Header) -> None:
+    """Header, refcount table, refcount blocks, L1, in this order; the header last, when the others are durable."""
+    from dataclasses import replace
+
+    size, per_block = empty.cluster_size, empty.refcounts_in_block
+    l1_size = empty.l1_entries_for(empty.size)
+    if l1_size * 8 > MAX_L1_BYTES:
+        raise InvalidRequest(
+            "Image size is too large for this cluster size", remedy="Choose larger clusters."
+        )
+    l1_clusters = empty.clusters_for(l1_size * 8)
+    blocks = table = 1
+    while True:
+        used = 1 + table + blocks + l1_clusters
+        wanted = -(-used // per_block), empty.clusters_for(-(-used // per_block) * 8)
+        if wanted == (blocks, table):
+            break
+        blocks, table = wanted
+    first_block = 1 + table
+    header = replace(
+        empty,
+        l1_size=l1_size,
+        l1_offset=(first_block + blocks) * size,
+        refcount_table_clusters=table,
+    )
+    first = pack_header(header)
+    if file.node.driver == "file":
+        file.node.truncate(0)
+    file.grow(used * size)
+    entries = b"".join(((first_block + n) * size).to_bytes(8, "big") for n in range(blocks))
+    file.write(size, entries.ljust(table * size, b"\0"))
+    file.write(first_block * size, _refcounts_of_one(used, blocks * size, empty.refcount_bits))
+    file.write(header.l1_offset, bytes(l1_clusters * size))
+    file.flush()
+    file.write(0, first.ljust(size, b"\0"))
+    file.flush()
+
+
+def _refcounts_of_one(count: int, length: int, bits: int) -> bytes:
+    """Refcount blocks that begin with so many ones."""
+    if bits >= 8:
+        ones = (1).to_bytes(bits // 8, "big") * count
+    else:
+        per_octet = 8 // bits
+        full = sum(1 << bits * n for n in range(per_octet))
+        ones = bytes([full]) * (count // per_octet)
+        if count % per_octet:
+            ones += bytes([sum(1 << bits * n for n in range(count % per_octet))])
+    return ones.ljust(length, b"\0")

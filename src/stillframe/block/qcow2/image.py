@@ -1,0 +1,439 @@
+"""An open qcow2 image: its file, the tables in force, and what all operations on it share.
+
+The *world* is one whole set of tables: bytes 24..71 of the header and what they lead to. One write of these bytes
+switches from one world to the next (shadow.py); smaller changes are made inside the world in force, in an order
+that mapping.py and refcounts.py state.
+"""
+
+import contextlib
+import struct
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from stillframe.block.node import Node
+from stillframe.block.qcow2.compression import decompress
+from stillframe.block.qcow2.gate import Gate
+from stillframe.block.qcow2.image_file import ImageFile
+from stillframe.block.qcow2.layout import (
+    BITMAPS_CONSISTENT,
+    COPIED,
+    CORRUPT,
+    DIRTY,
+    EXTENSION_BITMAPS,
+    FEATURES_OFFSET,
+    OFFSET_MASK,
+    WORLD_OFFSET,
+    Header,
+    parse_header,
+)
+from stillframe.block.qcow2.mapping import DATA, PACKED, UNALLOCATED, Mapping, Run, l1_entry, packed_place
+from stillframe.block.qcow2.snapshot_table import SnapshotEntry, parse_table
+from stillframe.errors import ImageCorrupt, IOFailed, Refused, StillframeError
+
+if TYPE_CHECKING:
+    from stillframe.block.qcow2.pending import Pending
+    from stillframe.block.qcow2.refcounts import Refcounts
+
+_ZEROES = bytes(1 << 20)
+HEADER_BYTES = 2 << 20
+"""As many as a header with its extensions can have: the largest cluster."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """One whole set of tables. `l1` and `refcount_table` are what the file holds, changed in place with it.
+
+    :param snapshot_table_length: bytes.
+    """
+
+    header: Header
+    l1: bytearray
+    refcount_table: bytearray
+    snapshots: tuple[SnapshotEntry, ...]
+    snapshot_table_length: int
+
+
+class Image:
+    """What the parts of the driver share. See `Gate` for who may call what when.
+
+    :param file: the child with the image's bytes. :param backing: what lies below, None for zeroes.
+    :param is_repair: opened to be repaired: marks of damage neither refuse it nor are acted on.
+    :raise InvalidRequest: not qcow2. :raise Unsupported: a feature, by name. :raise ImageCorrupt: out of bounds.
+    """
+
+    def __init__(self, file: Node, backing: Node | None, *, read_only: bool, is_repair: bool = False) -> None:
+        self.file = ImageFile(file)
+        self.backing = backing
+        self.read_only = read_only
+        self.gate = Gate()
+        self._size_at_open = file.size
+        self.world = self._read_world()
+        self.mapping = Mapping(self.file, self.world.header)
+        self.pending: Pending | None = None
+        self.broken: str | None = None
+        self.is_in_doubt = False
+        self.has_bitmaps = False
+        self._refcounts: Refcounts | None = None
+        self._metadata: dict[int, str] | None = None
+        self._unpacked: tuple[int, bytes] | None = None
+        self._unpacking = threading.Lock()
+        header = self.world.header
+        if header.extension(EXTENSION_BITMAPS) and header.autoclear & BITMAPS_CONSISTENT:
+            self.has_bitmaps = True
+        if not read_only and not is_repair:
+            self._open_for_writing()
+
+    @property
+    def header(self) -> Header:
+        """The header in force."""
+        return self.world.header
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes."""
+        return self.world.header.cluster_size
+
+    @property
+    def refcounts(self) -> "Refcounts":
+        """Loaded when first needed, since reading alone does without."""
+        if self._refcounts is None:
+            from stillframe.block.qcow2.refcounts import Refcounts
+
+            self._refcounts = Refcounts(self)
+        return self._refcounts
+
+    def _read_world(self) -> World:
+        header = parse_header(bytes(self.file.node.read(0, min(self.file.size, 4096))))
+        if header.cluster_size > 4096:
+            header = parse_header(bytes(self.file.node.read(0, min(self.file.size, header.cluster_size))))
+        snapshots, length = parse_table(header, lambda offset, size: bytes(self.file.read(offset, size)))
+        table_bytes = header.refcount_table_clusters * header.cluster_size
+        return World(
+            header=header,
+            l1=self.file.read(header.l1_offset, header.l1_size * 8),
+            refcount_table=self.file.read(header.refcount_table_offset, table_bytes),
+            snapshots=snapshots,
+            snapshot_table_length=length,
+        )
+
+    def _open_for_writing(self) -> None:
+        header = self.world.header
+        if header.incompatible & CORRUPT:
+            raise ImageCorrupt(
+                "qcow2: Image is corrupt; cannot be opened read/write",
+                remedy="Run `stillframe image check --repair all` on the image, or open it read-only.",
+            )
+        if header.incompatible & DIRTY:
+            # Refcounts were put off by another program that did not come to catch up on them.
+            from stillframe.block.qcow2.repair import repair_open
+
+            repair_open(self, "all")
+            self.set_features(incompatible=self.header.incompatible & ~DIRTY)
+        if header.autoclear:
+            # What these bits promise would no longer be true after the first write of a program that does not know it.
+            self.set_features(autoclear=0)
+
+    # Header.
+
+    def set_features(self, *, incompatible: int | None = None, autoclear: int | None = None) -> None:
+        """Write feature words, durably; None keeps one as it is."""
+        header = self.world.header
+        header = replace(
+            header,
+            incompatible=header.incompatible if incompatible is None else incompatible,
+            autoclear=header.autoclear if autoclear is None else autoclear,
+        )
+        self.file.write(FEATURES_OFFSET, header.pack_features())
+        self.file.flush()
+        self.world = replace(self.world, header=header)
+
+    def switch_world(self, new: World) -> None:
+        """Put another world into force, durably, by one write of the header.
+
+        What the new one points to is durable already. On an error the old one is in force again; if even that cannot be
+        known, the image takes no more writes: both worlds are whole, and the next open finds one of them.
+        """
+        old = self.world
+        try:
+            self.file.write(WORLD_OFFSET, new.header.pack_world())
+            self.file.flush()
+        except BaseException:
+            self.restore_world(old)
+            raise
+        self.world = new
+
+    def restore_world(self, old: World) -> None:
+        """Put the old world into force again after a switch that failed or is to be undone.
+
+        :raise IOFailed: it is not known which is in force; the image takes no more writes.
+        """
+        try:
+            self.file.write(WORLD_OFFSET, old.header.pack_world())
+            self.file.flush()
+        except StillframeError as error:
+            self.is_in_doubt = True
+            self.broken = (
+                f"The header of the image could not be written ({error.message}); it is whole, in its state before or "
+                "after the last operation"
+            )
+            raise
+        if self.is_in_doubt:
+            self.is_in_doubt, self.broken = False, None
+        self.world = old
+
+    def forget_tables(self) -> None:
+        """The world was switched: whatever was derived from the old one is void. Lock held."""
+        self.mapping.forget_all()
+        self._metadata = None
+        if self._refcounts is not None:
+            self._refcounts.forget_all()
+
+    def refuse_if_broken(self) -> None:
+        """:raise IOFailed: after a header's write of which the outcome is not known.
+        :raise Refused: opened read-only."""
+        if self.broken:
+            import errno
+
+            raise IOFailed(f"{self.broken}", errno=errno.EIO, remedy="Close the image and open it again.")
+        if self.read_only:
+            raise Refused("The image is open read-only")
+
+    # Where metadata lies.
+
+    def refuse_overlap(self, first: int, count: int) -> None:
+        """Before clusters are overwritten in place with data. Lock held.
+
+        :raise ImageCorrupt: there is metadata; the image is marked, and takes no more writes.
+        """
+        metadata = self._metadata_clusters()
+        if metadata.keys().isdisjoint(range(first, first + count)):
+            return
+        cluster = next(c for c in range(first, first + count) if c in metadata)
+        self._mark_corrupt(f"Preventing invalid write on metadata (overlaps with {metadata[cluster]})")
+
+    def refuse_foreign_table(self, offset: int) -> None:
+        """Before an active L2 table is written in place. Lock held. :raise ImageCorrupt: it is none, or two."""
+        what = self._metadata_clusters().get(offset >> self.header.cluster_bits)
+        if what != _ACTIVE_L2:
+            self._mark_corrupt(f"Preventing invalid write on metadata (overlaps with {what})")
+
+    def refuse_uncounted(self, cluster: int) -> None:
+        """Before a cluster past the file's end is written in place. Lock held. :raise ImageCorrupt: it is nobody's."""
+        if not self.refcounts.count(cluster):
+            self._mark_corrupt(f"Data cluster {cluster} lies past the end of the image and has no refcount")
+
+    def note_metadata(self, cluster: int, what: str) -> None:
+        """A cluster became metadata. Lock held."""
+        if self._metadata is not None:
+            self._metadata[cluster] = what
+
+    def note_table(self, offset: int) -> None:
+        """A cluster became an active L2 table. Lock held."""
+        self.note_metadata(offset >> self.header.cluster_bits, _ACTIVE_L2)
+
+    def forget_cluster(self, cluster: int) -> None:
+        """A cluster became free. Lock held."""
+        self.mapping.forget(cluster << self.header.cluster_bits)
+        if self._metadata is not None:
+            self._metadata.pop(cluster, None)
+
+    def _metadata_clusters(self) -> dict[int, str]:
+        if self._metadata is None:
+            self._metadata = self._find_metadata()
+        return self._metadata
+
+    def _find_metadata(self) -> dict[int, str]:
+        import numpy as np
+
+        world, header = self.world, self.world.header
+        bits = header.cluster_bits
+        found: dict[int, str] = {}
+
+        def note(offset: int, length: int, what: str) -> None:
+            for cluster in range(offset >> bits, (offset + length - 1 >> bits) + 1):
+                found.setdefault(cluster, what)
+
+        note(0, header.cluster_size, "qcow2_header")
+        if header.l1_size:
+            note(header.l1_offset, header.l1_size * 8, "active L1 table")
+        note(header.refcount_table_offset, len(world.refcount_table), "refcount table")
+        if world.snapshots:
+            note(header.snapshots_offset, world.snapshot_table_length, "snapshot table")
+        for entry in world.snapshots:
+            if 0 < entry.l1_size * 8 <= self.file.size:
+                note(entry.l1_offset, entry.l1_size * 8, "inactive L1 table")
+        blocks = np.frombuffer(world.refcount_table, ">u8")
+        for cluster in np.unique(blocks[blocks != 0] >> np.uint64(bits)).tolist():
+            found.setdefault(cluster, "refcount block")
+        tables = (np.frombuffer(world.l1, ">u8") & np.uint64(OFFSET_MASK)) >> np.uint64(bits)
+        clusters, times = np.unique(tables[tables != 0], return_counts=True)
+        for cluster, count in zip(clusters.tolist(), times.tolist(), strict=True):
+            found.setdefault(cluster, _ACTIVE_L2 if count == 1 else "another L2 table")
+        return found
+
+    def _mark_corrupt(self, why: str) -> None:
+        self.broken = why
+        if self.header.version >= 3:
+            with contextlib.suppress(IOFailed):
+                # The mark is for the next open; this one takes no more writes either way.
+                self.set_features(incompatible=self.header.incompatible | CORRUPT)
+        raise ImageCorrupt(why, remedy="Run `stillframe image check` on the image.")
+
+    # The active tree.
+
+    def set_l1_entry(self, index: int, entry: int) -> None:
+        """Point an active L1 entry elsewhere, in the file and here. Lock held; the table it points to is durable."""
+        if self.pending is not None:
+            self.pending.keep_frozen_l1()
+        self.file.write(self.header.l1_offset + index * 8, struct.pack(">Q", entry))
+        struct.pack_into(">Q", self.world.l1, index * 8, entry)
+
+    def own_table(self, index: int) -> int:
+        """The host offset of the L2 table of an L1 entry, made writable: the image's own and not frozen.
+
+        Lock held; given up while a new table is flushed.
+        """
+        with self.gate.table(index):
+            entry = l1_entry(self.world.l1, index)
+            offset = entry & OFFSET_MASK
+            frozen = self.pending is not None and not self.pending.is_fresh_table(index)
+            if offset and entry & COPIED and not frozen:
+                self.refuse_foreign_table(offset)
+                return offset
+            cluster, _ = self.refcounts.allocate(1)
+            new = cluster << self.header.cluster_bits
+            table = bytearray(self.mapping.table(offset)) if offset else bytearray(self.cluster_size)
+            with self.gate.released():
+                self.file.write(new, table)
+                self.file.flush()
+            self.set_l1_entry(index, new | COPIED)
+            self.note_table(new)
+            self.mapping.remember(new, table)
+            if self.pending is not None:
+                self.pending.note_fresh_table(index)
+            if offset and not frozen:
+                self.drop([offset >> self.header.cluster_bits])
+            return new
+
+    def drop(self, clusters: Iterable[int]) -> None:
+        """References to host clusters were taken out of the active tree. Lock held."""
+        clusters = list(clusters)
+        if self._metadata is not None:
+            for cluster in clusters:
+                if self._metadata.get(cluster) == _ACTIVE_L2:
+                    del self._metadata[cluster]
+        self.refcounts.drop(clusters)
+
+    # Reading.
+
+    def read_tree(self, l1: bytes | bytearray | None, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer from a tree of tables; None for the active one, with what lies below it."""
+        gate = self.gate
+        with gate.lock:
+            active = l1 is None
+            runs = self.mapping.runs(self.world.l1 if l1 is None else l1, offset, len(buffer))
+            ticket = gate.start_read()
+        try:
+            if len(runs) == 1 and runs[0][0] == DATA:
+                self.file.readinto(runs[0][2], buffer)
+                return
+            self._read_runs(runs, offset, buffer, self.backing if active else None)
+        finally:
+            gate.end_read(ticket)
+
+    def _read_runs(self, runs: list[Run], offset: int, buffer: memoryview, backing: Node | None) -> None:
+        at = 0
+        for kind, length, where in runs:
+            part = buffer[at : at + length]
+            if kind == DATA:
+                self.file.readinto(where, part)
+            elif kind == PACKED:
+                within = (offset + at) & (self.cluster_size - 1)
+                part[:] = self._unpack(where)[within : within + length]
+            elif kind == UNALLOCATED and backing is not None:
+                there = max(0, min(length, backing.size - offset - at))
+                if there:
+                    backing.readinto(offset + at, part[:there])
+                _zero(part[there:])
+            else:
+                _zero(part)
+            at += length
+
+    def _unpack(self, entry: int) -> bytes:
+        """The cluster that a compressed entry stands for; the last one is remembered."""
+        with self._unpacking:
+            if self._unpacked is not None and self._unpacked[0] == entry:
+                return self._unpacked[1]
+            offset, length = packed_place(entry, self.header.cluster_bits)
+            if offset >= self.file.size:
+                raise ImageCorrupt(f"Compressed data at {offset:#x} lies outside the image file")
+            data = decompress(
+                bytes(self.file.read(offset, length)), self.header.compression_name, self.cluster_size
+            )
+            self._unpacked = (entry, data)
+            return data
+
+    # Durability.
+
+    def flush(self) -> None:
+        """All that was written before is durable; dropped references are counted down."""
+        dropped = None
+        if self._refcounts is not None:
+            with self.gate.lock:
+                if not self.gate.is_switching and not self.broken:
+                    dropped = self._refcounts.take_dropped()
+                    if dropped is not None:
+                        self.gate.claim_refcounts()
+        try:
+            self.file.flush()
+        except BaseException:
+            if dropped is not None and self._refcounts is not None:
+                with self.gate.lock:
+                    self._refcounts.put_back_dropped(dropped)
+                    self.gate.unclaim_refcounts()
+            raise
+        if dropped is not None:
+            with self.gate.lock:
+                try:
+                    self.refcounts.settle(dropped)
+                finally:
+                    self.gate.unclaim_refcounts()
+
+    def settle_all(self) -> None:
+        """Inside a switch: wait for all requests in flight, and count every dropped reference down."""
+        with self.gate.lock:
+            self.gate.wait_until_quiet()
+            dropped = self.refcounts.take_dropped()
+        self.file.flush()
+        if dropped is not None:
+            with self.gate.lock:
+                self.refcounts.settle(dropped)
+
+    def close(self) -> None:
+        """Give back what is pending, dropped or leased, and flush. Requests have ended.
+
+        Where that fails, it is a leak.
+        """
+        if self.pending is not None:
+            self.pending.abandon()
+        if self._refcounts is None or self.broken:
+            self.file.flush()
+            return
+        self.flush()
+        with self.gate.lock:
+            self._refcounts.return_lease()
+            end = self._refcounts.end_of_used()
+        # Never below what it was: a refcount that is wrong must not cost data.
+        self.file.shrink(max(end, self._size_at_open))
+        self.file.flush()
+
+
+_ACTIVE_L2 = "active L2 table"
+
+
+def _zero(buffer: memoryview) -> None:
+    for at in range(0, len(buffer), len(_ZEROES)):
+        part = buffer[at : at + len(_ZEROES)]
+        part[:] = _ZEROES[: len(part)]

@@ -1,0 +1,74 @@
+"""The child node as qcow2 sees it: bytes past its end are zeroes, and writes make it grow."""
+
+import threading
+
+from stillframe.block.node import Node
+
+
+class ImageFile:
+    """The file under an image.
+
+    :param node: the child, open; whoever opened it closes it.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self._growing = threading.Lock()
+        self._written = node.size
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.node.size
+
+    def is_untouched(self, offset: int) -> bool:
+        """Whether nothing was ever written from `offset` on, so that it is known to read as zeroes."""
+        return offset >= self._written
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer; what lies past the end reads as zeroes."""
+        there = max(0, min(len(buffer), self.node.size - offset))
+        if there:
+            self.node.readinto(offset, buffer[:there])
+        if there < len(buffer):
+            buffer[there:] = bytes(len(buffer) - there)
+
+    def read(self, offset: int, length: int) -> bytearray:
+        """`readinto` for callers without a buffer of their own."""
+        buffer = bytearray(length)
+        there = max(0, min(length, self.node.size - offset))
+        if there:
+            self.node.readinto(offset, memoryview(buffer)[:there])
+        return buffer
+
+    def write(self, offset: int, data: "bytes | bytearray | memoryview") -> None:
+        """Write, growing the file as far as it takes; `data` is a buffer of bytes."""
+        end = offset + len(data)
+        if end > self._written:
+            with self._growing:
+                self._written = max(self._written, end)
+            self.grow(end)
+        self.node.write(offset, data)
+
+    def grow(self, size: int) -> None:
+        """Make the file at least this large; the new bytes are zeroes."""
+        with self._growing:
+            if size > self.node.size:
+                self.node.truncate(size)
+
+    def shrink(self, size: int) -> None:
+        """Give back what lies behind `size`, where the storage can be made smaller."""
+        with self._growing:
+            if size < self.node.size and self.node.driver == "file":
+                self.node.truncate(size)
+                self._written = size
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give back the space of a range, as far as it exists."""
+        length = min(length, self.node.size - offset)
+        if length > 0:
+            self.node.discard(offset, length)
+
+    def flush(self) -> None:
+        """See `Node.flush`."""
+        self.node.flush()

@@ -1,0 +1,271 @@
+"""The driver `qcow2`: a node over an image file, and optionally over a backing node."""
+
+from collections.abc import Iterator, Mapping
+
+from stillframe.block.node import Extent, ExtentKind, ImageInfo, Node
+from stillframe.block.qcow2.image import Image
+from stillframe.block.qcow2.layout import (
+    CORRUPT,
+    DIRTY,
+    EXTENSION_BACKING_FORMAT,
+    LAZY_REFCOUNTS,
+)
+from stillframe.block.qcow2.mapping import DATA, PACKED, ZEROES
+from stillframe.block.qcow2.snapshots import Snapshots
+from stillframe.errors import InvalidRequest, Refused
+
+_ZEROES = bytes(1 << 20)
+_LOOKED_UP_AT_ONCE = 64 << 20
+
+
+class Qcow2Node(Node):
+    """An open qcow2 image. Any number of threads may use it.
+
+    :param file: the child that holds the image; writable unless `read_only`. Whoever opened it closes it, after this.
+    :param backing: what unallocated clusters show; None for zeroes, whatever name the image records.
+    :param discard: False ignores `discard`, and keeps the place of what `write_zeroes` may unmap.
+    :raise InvalidRequest: not a qcow2 image. :raise Unsupported: a feature that is not done, by name.
+    :raise ImageCorrupt: its tables are out of bounds, or it is marked corrupt and to be written.
+    """
+
+    driver = "qcow2"
+
+    def __init__(
+        self,
+        node_name: str,
+        file: Node,
+        *,
+        backing: Node | None = None,
+        read_only: bool = False,
+        discard: bool = True,
+    ) -> None:
+        super().__init__(node_name, read_only=read_only)
+        self._file = file
+        self._backing = backing
+        self._discard = discard
+        self._image = Image(file, backing, read_only=read_only)
+        self._snapshots = Snapshots(self._image)
+        self._is_closed = False
+
+    @property
+    def image(self) -> Image:
+        """The open image, for `check` and `repair`."""
+        return self._image
+
+    @property
+    def size(self) -> int:
+        return self._image.header.size
+
+    @property
+    def children(self) -> Mapping[str, Node]:
+        return {"file": self._file} | ({"backing": self._backing} if self._backing else {})
+
+    @property
+    def snapshot_store(self) -> Snapshots:
+        return self._snapshots
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        self._refuse_outside(offset, len(buffer))
+        while len(buffer) > _LOOKED_UP_AT_ONCE:
+            self._image.read_tree(None, offset, buffer[:_LOOKED_UP_AT_ONCE])
+            offset += _LOOKED_UP_AT_ONCE
+            buffer = buffer[_LOOKED_UP_AT_ONCE:]
+        if buffer:
+            self._image.read_tree(None, offset, buffer)
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        from stillframe.block.qcow2.writing import write
+
+        view = memoryview(data).cast("B")
+        self._refuse_write(offset, len(view))
+        write(self._image, offset, view)
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
+        from stillframe.block.qcow2.writing import unmap as unmap_clusters
+
+        self._refuse_write(offset, length)
+        unmap = unmap and self._discard
+        start, end = self._whole_clusters(offset, length)
+        if start >= end:
+            self._write_zero_bytes(offset, offset + length)
+            return
+        self._write_zero_bytes(offset, start)
+        if self._image.header.version < 3 and (self._backing is not None or not unmap):
+            # Version 2 has no mark for zeroes: unallocated clusters would show what lies below, or lose their place.
+            self._write_zero_bytes(start, end)
+        else:
+            size = self._image.cluster_size
+            unmap_clusters(
+                self._image, start // size, (end - 1) // size, keep_place=not unmap, reads_zero=True
+            )
+        self._write_zero_bytes(end, offset + length)
+
+    def discard(self, offset: int, length: int) -> None:
+        from stillframe.block.qcow2.writing import unmap
+
+        self._refuse_write(offset, length)
+        if not self._discard or (self._image.header.version < 3 and self._backing is not None):
+            return
+        start, end = self._whole_clusters(offset, length)
+        if start < end:
+            size = self._image.cluster_size
+            unmap(self._image, start // size, (end - 1) // size, keep_place=False, reads_zero=True)
+
+    def flush(self) -> None:
+        if not self.read_only:
+            self._image.flush()
+
+    def truncate(self, size: int) -> None:
+        """See `Node.truncate`; the caller holds requests back, and it is durable at the return.
+
+        :raise InvalidRequest: not a multiple of 512. :raise LimitReached: larger than the format allows.
+        :raise Unsupported: a version 2 image with snapshots, and others that cannot be resized, by name.
+        """
+        from stillframe.block.qcow2.resize import truncate
+
+        self._refuse_read_only()
+        truncate(self._image, size)
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        self._refuse_outside(offset, length)
+        end = offset + length
+        held: Extent | None = None
+        while offset < end:
+            part = min(end - offset, _LOOKED_UP_AT_ONCE)
+            for extent in self._looked_up(offset, part):
+                if held is not None and _follows(held, extent):
+                    held = _joined(held, extent)
+                    continue
+                if held is not None:
+                    yield held
+                held = extent
+            offset += part
+        if held is not None:
+            yield held
+
+    def _looked_up(self, offset: int, length: int) -> Iterator[Extent]:
+        image = self._image
+        with image.gate.lock:
+            runs = image.mapping.runs(image.world.l1, offset, length)
+        for kind, size, where in runs:
+            if kind == DATA:
+                yield Extent(offset, size, ExtentKind.DATA, host_offset=where)
+            elif kind == PACKED:
+                yield Extent(offset, size, ExtentKind.DATA, compressed=True)
+            elif kind == ZEROES:
+                yield Extent(offset, size, ExtentKind.ZERO, host_offset=where or None)
+            else:
+                yield from self._below(offset, size)
+            offset += size
+
+    def _below(self, offset: int, length: int) -> Iterator[Extent]:
+        there = 0
+        if self._backing is not None:
+            there = max(0, min(length, self._backing.size - offset))
+            for extent in self._backing.extents(offset, there) if there else ():
+                yield Extent(
+                    extent.offset,
+                    extent.length,
+                    extent.kind,
+                    extent.host_offset,
+                    extent.depth + 1,
+                    extent.compressed,
+                )
+        if there < length:
+            yield Extent(offset + there, length - there, ExtentKind.UNALLOCATED)
+
+    def info(self) -> ImageInfo:
+        header = self._image.header
+        below = self._file.info()
+        data: dict[str, object] = {
+            "compat": "0.10" if header.version == 2 else "1.1",
+            "compression-type": header.compression_name,
+        }
+        if header.version >= 3:
+            data["lazy-refcounts"] = bool(header.compatible & LAZY_REFCOUNTS)
+        data["refcount-bits"] = header.refcount_bits
+        if header.version >= 3:
+            data["corrupt"] = bool(header.incompatible & CORRUPT)
+            data["extended-l2"] = False
+        name = header.backing_name.decode("utf-8", "surrogateescape")
+        kind = header.extension(EXTENSION_BACKING_FORMAT)
+        return ImageInfo(
+            filename=below.filename,
+            format="qcow2",
+            virtual_size=header.size,
+            actual_size=below.actual_size,
+            cluster_size=header.cluster_size,
+            dirty=bool(header.incompatible & DIRTY),
+            backing_filename=name or None,
+            backing_format=kind.decode("utf-8", "replace") if name and kind else None,
+            snapshots=tuple(self._snapshots.snapshots()),
+            format_specific={"type": "qcow2", "data": data},
+            children=(("file", below),),
+        )
+
+    def close(self) -> None:
+        """Flush, and give back what was allocated ahead; the children stay open."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if not self.read_only:
+            self._image.close()
+
+    def _whole_clusters(self, offset: int, length: int) -> tuple[int, int]:
+        """The clusters that lie in a range as a whole, as start and end; the disk's last one may be cut short."""
+        size = self._image.cluster_size
+        end = offset + length
+        start = -(-offset // size) * size
+        return start, end if end == self.size else end // size * size
+
+    def _write_zero_bytes(self, offset: int, end: int) -> None:
+        """Zeroes as data, where there are none yet."""
+        from stillframe.block.qcow2.writing import write
+
+        for extent in self._image_runs(offset, end):
+            at, stop = extent
+            while at < stop:
+                part = min(len(_ZEROES), stop - at)
+                write(self._image, at, memoryview(_ZEROES)[:part])
+                at += part
+
+    def _image_runs(self, offset: int, end: int) -> Iterator[tuple[int, int]]:
+        """Ranges that do not read as zeroes by their mapping."""
+        if offset >= end:
+            return
+        for extent in self.extents(offset, end - offset):
+            if extent.kind is ExtentKind.DATA or extent.depth:
+                yield extent.offset, extent.offset + extent.length
+
+    def _refuse_outside(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise InvalidRequest(
+                f"{length} bytes at {offset} lie outside node '{self.node_name}', which has {self.size} bytes"
+            )
+
+    def _refuse_read_only(self) -> None:
+        if self.read_only:
+            raise Refused(f"Block node '{self.node_name}' is read-only")
+
+    def _refuse_write(self, offset: int, length: int) -> None:
+        self._refuse_read_only()
+        self._refuse_outside(offset, length)
+
+
+def _follows(first: Extent, second: Extent) -> bool:
+    if (first.kind, first.depth, first.compressed) != (second.kind, second.depth, second.compressed):
+        return False
+    if first.host_offset is None or second.host_offset is None:
+        return first.host_offset is second.host_offset
+    return second.host_offset == first.host_offset + first.length
+
+
+def _joined(first: Extent, second: Extent) -> Extent:
+    return Extent(
+        first.offset,
+        first.length + second.length,
+        first.kind,
+        first.host_offset,
+        first.depth,
+        first.compressed,
+    )

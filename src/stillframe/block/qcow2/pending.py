@@ -1,0 +1,246 @@
+"""A snapshot that is frozen and not yet on the image's list, and the machine state that is written for it.
+
+`freeze` notes the active L1 and nothing else. From then on a table or cluster is *fresh* if it was allocated since; what is
+not fresh is the snapshot's: writes to it go to new clusters, and what they replace is not dropped.
+
+The state goes to clusters that are reserved in memory alone. Nothing in the file points to them before the switch, so
+abandoning it, or a crash, leaves nothing behind. It becomes the part of the snapshot's tree behind the disk, beginning
+with the first L1 entry that the disk does not need.
+"""
+
+import threading
+from array import array
+from typing import TYPE_CHECKING
+
+from stillframe.block.node import Change, SnapshotRecord
+from stillframe.block.qcow2.image import Image
+from stillframe.block.qcow2.layout import MAX_L1_BYTES, OFFSET_MASK
+from stillframe.block.qcow2.mapping import host_clusters, l1_entry
+from stillframe.errors import InUse, LimitReached
+
+if TYPE_CHECKING:
+    from stillframe.block.qcow2.refcounts import ClusterRun
+
+_RESERVED_AT_ONCE = 16 << 20
+_CONTIGUOUS = 16
+_ZEROES = bytes(2 << 20)
+
+
+class Pending:
+    """See `PendingSnapshot` in block/node.py. State is written by one thread at a time."""
+
+    def __init__(self, image: Image) -> None:
+        """Lock held, no writer in flight."""
+        self._image = image
+        self._fresh: dict[int, bytearray] = {}
+        self._frozen_l1: bytes | bytearray = image.world.l1
+        self._is_over = self._is_prepared = False
+        self._writing = threading.Lock()
+        self._hosts = array("q")
+        self._reserved: list[ClusterRun] = []
+        self._ahead: ClusterRun = (0, 0)
+        self.state_size = 0
+
+    # What is frozen. Lock held.
+
+    @property
+    def frozen_l1(self) -> bytes | bytearray:
+        """The active L1 at the freeze."""
+        return self._frozen_l1
+
+    def keep_frozen_l1(self) -> None:
+        """The active L1 is about to change in place."""
+        if self._frozen_l1 is self._image.world.l1:
+            self._frozen_l1 = bytes(self._frozen_l1)
+
+    def is_fresh_table(self, l1_index: int) -> bool:
+        """Whether the active L2 table there was allocated since the freeze."""
+        return l1_index in self._fresh
+
+    def note_fresh_table(self, l1_index: int) -> None:
+        """It was allocated now; what it points to is still the snapshot's."""
+        self._fresh[l1_index] = bytearray(self._image.header.l2_entries)
+
+    def is_fresh(self, l1_index: int, index: int) -> bool:
+        """Whether what this L2 entry points to was allocated since the freeze."""
+        flags = self._fresh.get(l1_index)
+        return flags is not None and bool(flags[index])
+
+    def note_fresh(self, l1_index: int, index: int, count: int) -> None:
+        """Entries of a fresh table point to new clusters."""
+        self._fresh[l1_index][index : index + count] = b"\1" * count
+
+    def fresh_flags(self, l1_index: int) -> bytes | bytearray | None:
+        """One byte an entry, 1 for fresh; None where the whole table is the snapshot's."""
+        return self._fresh.get(l1_index)
+
+    # The state.
+
+    @property
+    def state_hosts(self) -> "array[int]":
+        """The host cluster of each cluster of state; 0 where nothing was written."""
+        return self._hosts
+
+    @property
+    def reserved(self) -> "list[ClusterRun]":
+        """The reserved clusters that hold state, as they were reserved."""
+        return self._reserved
+
+    def write_state(self, offset: int, data: "bytes | bytearray | memoryview") -> None:
+        """See `PendingSnapshot`. :raise LimitReached: more state than an L1 table can map."""
+        view = memoryview(data).cast("B")
+        with self._writing:
+            self._refuse_if_over()
+            header = self._image.header
+            size = header.cluster_size
+            end = offset + len(view)
+            if (header.l1_entries_for(header.size) + header.l1_entries_for(end)) * 8 > MAX_L1_BYTES:
+                raise LimitReached(f"Machine state of {end} bytes does not fit into the image's L1 table")
+            while view:
+                index, within = divmod(offset, size)
+                host, length = self._place(index, within, len(view))
+                self._image.file.write(host + within, view[:length])
+                offset += length
+                view = view[length:]
+            self.state_size = max(self.state_size, end)
+
+    def _place(self, index: int, within: int, length: int) -> tuple[int, int]:
+        """Where a cluster of state lies, allocated if need be, and how many bytes go there contiguously."""
+        hosts = self._hosts
+        bits = self._image.header.cluster_bits
+        size = 1 << bits
+        wanted = (within + length + size - 1) >> bits
+        if index < len(hosts) and hosts[index]:
+            count = 1
+            first = hosts[index]
+            while count < wanted and index + count < len(hosts) and hosts[index + count] == first + count:
+                count += 1
+        else:
+            free = 1
+            while free < wanted and (index + free >= len(hosts) or not hosts[index + free]):
+                free += 1
+            first, count = self._reserve(free)
+            if index + count > len(hosts):
+                hosts.frombytes(bytes(8 * (index + count - len(hosts))))
+            hosts[index : index + count] = array("q", range(first, first + count))
+            self._clear_around(first, count, within, length)
+        return first << bits, min(length, (count << bits) - within)
+
+    def _clear_around(self, first: int, count: int, within: int, length: int) -> None:
+        """What a new run of clusters holds besides the data that is about to be written reads as zeroes."""
+        file = self._image.file
+        bits = self._image.header.cluster_bits
+        start, end = first << bits, first + count << bits
+        if file.is_untouched(start):
+            file.grow(end)
+            return
+        if within:
+            file.write(start, _ZEROES[:within])
+        written = start + within + length
+        if written < end:
+            file.write(written, _ZEROES[: end - written])
+
+    def _reserve(self, wanted: int) -> "ClusterRun":
+        first, count = self._ahead
+        if not count:
+            most = max(wanted, _RESERVED_AT_ONCE >> self._image.header.cluster_bits)
+            with self._image.gate.lock:
+                self._image.refuse_if_broken()
+                first, count = self._image.refcounts.reserve(most, min(wanted, _CONTIGUOUS))
+        taken = min(count, wanted)
+        self._ahead = (first + taken, count - taken)
+        if self._reserved and sum(self._reserved[-1]) == first:
+            self._reserved[-1] = (self._reserved[-1][0], self._reserved[-1][1] + taken)
+        else:
+            self._reserved.append((first, taken))
+        return first, taken
+
+    # The end.
+
+    def prepare(self, record: SnapshotRecord) -> Change:
+        """See `PendingSnapshot`."""
+        from stillframe.block.qcow2.changes import prepare_create
+
+        with self._writing:
+            self._refuse_if_over()
+            self.return_ahead()
+            change = prepare_create(self._image, self, record)
+            self._is_prepared = True
+            return change
+
+    def return_ahead(self) -> None:
+        """Reserved clusters that hold no state are free again."""
+        first, count = self._ahead
+        self._ahead = (0, 0)
+        if count:
+            with self._image.gate.lock:
+                self._image.refcounts.unreserve(first, count)
+
+    def abandon(self) -> None:
+        """See `PendingSnapshot`; for a second time, nothing."""
+        if self._is_over:
+            return
+        self.return_ahead()
+        with self._image.gate.drained():
+            self.end()
+            self._drop_replaced()
+        self._give_state_back()
+
+    def end(self) -> None:
+        """The switch has made it a snapshot, or it is abandoned. Lock held."""
+        self._is_over = True
+        if self._image.pending is self:
+            self._image.pending = None
+
+    def _drop_replaced(self) -> None:
+        """Nobody uses now what writes replaced since the freeze. Lock held.
+
+        It is found by comparing the frozen tables, which are as they were, with those in force.
+        """
+        image = self._image
+        if image.broken or not self._fresh:
+            return
+        bits = image.header.cluster_bits
+        count = image.header.l2_entries
+        for l1_index in self._fresh:
+            frozen = l1_entry(self._frozen_l1, l1_index) & OFFSET_MASK
+            if not frozen:
+                continue
+            present = l1_entry(image.world.l1, l1_index) & OFFSET_MASK
+            old = image.mapping.entries(frozen, 0, count)
+            new = image.mapping.entries(present, 0, count) if present else (0,) * count
+            dropped = [frozen >> bits]
+            for before, after in zip(old, new, strict=True):
+                clusters = host_clusters(before, bits)
+                if clusters and clusters != host_clusters(after, bits):
+                    dropped += clusters
+            image.drop(dropped)
+
+    def _give_state_back(self) -> None:
+        image = self._image
+        bits = image.header.cluster_bits
+        if image.is_in_doubt:
+            # The file may list the snapshot all the same.
+            return
+        try:
+            for first, count in self._reserved:
+                image.file.discard(first << bits, count << bits)
+        finally:
+            with image.gate.lock:
+                for first, count in self._reserved:
+                    image.refcounts.unreserve(first, count)
+            self._reserved = []
+
+    def _refuse_if_over(self) -> None:
+        if self._is_over or self._is_prepared:
+            raise InUse("The pending snapshot was prepared, committed or abandoned")
+
+
+def freeze(image: Image) -> Pending:
+    """Freeze the active tree. :raise InUse: another pending snapshot of the image is not over."""
+    with image.gate.drained():
+        image.refuse_if_broken()
+        if image.pending is not None or image.gate.is_switching:
+            raise InUse("Another pending snapshot of the image has not been committed or abandoned")
+        image.pending = pending = Pending(image)
+        return pending

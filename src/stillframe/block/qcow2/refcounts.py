@@ -1,0 +1,448 @@
+"""How often each host cluster is referenced, and which are free.
+
+    refcount table ──► refcount blocks ──► one refcount a host cluster; no block means zeroes
+
+On disk, at every instant, a refcount is at least the number of references that the file holds to its cluster. Three rules
+keep that without a flush for each write:
+
+    lease     guest data and L2 tables get clusters out of a lease: refcounts of one, raised in bulk and flushed before the
+              first of them is handed out. What a crash leaves of a lease is a leak.
+    drop      a reference that was taken out of a table is counted down only after a flush has made that durable, and when
+              nobody who looked it up before is still at it (`settle`)
+    reserve   clusters that no table in force points to (a pending snapshot's state, tables not yet switched to) are
+              only marked in memory; a crash leaves nothing
+
+All calls are made with the image's lock held, which some give up while they flush.
+"""
+
+import struct
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from stillframe.block.qcow2.layout import (
+    MAX_OFFSET,
+    MAX_REFCOUNT_TABLE_BYTES,
+    REFCOUNT_TABLE_RESERVED,
+    aligned,
+)
+from stillframe.block.qcow2.widths import Clusters, Counts, decode, encode, runs_of
+from stillframe.errors import ImageCorrupt, LimitReached
+
+if TYPE_CHECKING:
+    from stillframe.block.qcow2.image import Image
+
+BLOCKS_CACHED = 64
+FIRST_LEASE_BYTES = 2 << 20
+LARGEST_LEASE_BYTES = 64 << 20
+RUNS_IN_LEASE = 64
+DROPPED_AT_MOST = 1 << 16
+"""Dropped clusters after which a flush of our own is due."""
+
+ClusterRun = tuple[int, int]
+"""First host cluster, and how many."""
+
+
+class Refcounts:
+    """The refcounts of one open, writable image."""
+
+    def __init__(self, image: "Image") -> None:
+        self._image = image
+        header = image.world.header
+        self._order = header.refcount_order
+        self._bits = header.cluster_bits
+        self._per_block = header.refcounts_in_block
+        self._blocks: OrderedDict[int, Counts] = OrderedDict()
+        self._reserved: dict[int, npt.NDArray[np.bool_]] = {}
+        self._lease: list[ClusterRun] = []
+        self._first_lease = self._lease_clusters = max(16, FIRST_LEASE_BYTES >> self._bits)
+        self._leasing = False
+        self._dropped = array("q")
+        self._dropped_stamp = 0
+        self._search_from = 1
+
+    @property
+    def per_block(self) -> int:
+        """Refcounts of one block."""
+        return self._per_block
+
+    # Reading.
+
+    def block_offset(self, index: int) -> int:
+        """Where a refcount block lies; 0 where there is none. :raise ImageCorrupt: it cannot lie there."""
+        table = self._image.world.refcount_table
+        if index * 8 >= len(table):
+            return 0
+        offset: int = struct.unpack_from(">Q", table, index * 8)[0]
+        if offset and (
+            offset & REFCOUNT_TABLE_RESERVED
+            or not aligned(offset, (1 << self._bits) - 1)
+            or offset >= self._image.file.size
+        ):
+            raise ImageCorrupt(f"Refblock offset {offset:#x} unaligned or outside the image file")
+        return offset
+
+    def block(self, index: int) -> Counts | None:
+        """The refcounts of a block, as the file holds them; not to be changed by the caller."""
+        block = self._blocks.get(index)
+        if block is not None:
+            self._blocks.move_to_end(index)
+            return block
+        offset = self.block_offset(index)
+        if not offset:
+            return None
+        block = decode(self._image.file.read(offset, 1 << self._bits), self._order)
+        self._remember(index, block)
+        return block
+
+    def count(self, cluster: int) -> int:
+        """The refcount of one cluster."""
+        index, within = divmod(cluster, self._per_block)
+        block = self.block(index)
+        return 0 if block is None else int(block[within])
+
+    def _remember(self, index: int, block: Counts) -> None:
+        self._blocks[index] = block
+        while len(self._blocks) > BLOCKS_CACHED:
+            self._blocks.popitem(last=False)
+
+    def _store(self, index: int, first: int, end: int) -> None:
+        """Write refcounts `first` to `end` of a cached block through; on an error the block is read anew."""
+        block = self._blocks[index]
+        octet = max(1, 8 >> self._order)
+        first -= first % octet
+        end += -end % octet
+        try:
+            self._image.file.write(
+                self.block_offset(index) + (first << self._order >> 3), encode(block[first:end], self._order)
+            )
+        except BaseException:
+            self._blocks.pop(index, None)
+            raise
+
+    # Finding room.
+
+    def find(self, wanted: int, least: int, start: int | None = None) -> ClusterRun:
+        """Free clusters next to each other: at least `least`, at most `wanted`.
+
+        :raise LimitReached: the format's end.
+        """
+        at = self._search_from if start is None else start
+        run_first, run = at, 0
+        while run < wanted:
+            if at >= MAX_OFFSET >> self._bits:
+                raise LimitReached("The image file has reached the largest size that qcow2 allows")
+            index, within = divmod(at, self._per_block)
+            free = self._free_in(index)
+            if free is None:
+                run += self._per_block - within
+            else:
+                used = np.flatnonzero(~free[within:])
+                lengths = np.diff(used, prepend=-1, append=self._per_block - within) - 1
+                if not run:
+                    run_first = at
+                run += int(lengths[0])
+                if len(used):
+                    if run >= least:
+                        break
+                    inner = np.flatnonzero(lengths[1:-1] >= least)
+                    if len(inner):
+                        which = int(inner[0])
+                        run_first, run = at + int(used[which]) + 1, int(lengths[which + 1])
+                        break
+                    run_first, run = at + int(used[-1]) + 1, int(lengths[-1])
+            at += self._per_block - within
+        return run_first, min(run, wanted)
+
+    def _free_in(self, index: int) -> npt.NDArray[np.bool_] | None:
+        """Which clusters of a block are free; None for all."""
+        block = self.block(index)
+        reserved = self._reserved.get(index)
+        if block is None:
+            return None if reserved is None else ~reserved
+        free: npt.NDArray[np.bool_] = block == 0
+        if reserved is not None:
+            free &= ~reserved
+        return free
+
+    def reserve(self, wanted: int, least: int = 1) -> ClusterRun:
+        """Mark free clusters in memory; see `unreserve`. :raise LimitReached: the format's end."""
+        first, count = self.find(wanted, least)
+        self._mark(first, count, True)
+        if least == 1:
+            self._search_from = first + count
+        return first, count
+
+    def unreserve(self, first: int, count: int) -> None:
+        """The opposite of `reserve`; the refcounts on disk decide again."""
+        self._mark(first, count, False)
+        self._search_from = min(self._search_from, max(1, first))
+
+    def hold(self, first: int, count: int) -> None:
+        """`reserve` for given clusters, which a repair must keep whatever their refcounts say."""
+        self._mark(first, count, True)
+
+    def _mark(self, first: int, count: int, state: bool) -> None:
+        for index, start, end in self._split(first, count):
+            marks = self._reserved.get(index)
+            if marks is None:
+                marks = self._reserved[index] = np.zeros(self._per_block, np.bool_)
+            marks[start:end] = state
+            if not state and not marks.any():
+                del self._reserved[index]
+
+    def _split(self, first: int, count: int) -> list[tuple[int, int, int]]:
+        """A run of clusters by block: index, first and end within it."""
+        end = first + count
+        parts: list[tuple[int, int, int]] = []
+        while first < end:
+            index, within = divmod(first, self._per_block)
+            stop = min(end, (index + 1) * self._per_block)
+            parts.append((index, within, within + stop - first))
+            first = stop
+        return parts
+
+    # The lease.
+
+    def allocate(self, wanted: int) -> ClusterRun:
+        """Clusters with a durable refcount of one, contiguous, at most `wanted` and at least one.
+
+        Gives up the lock where the lease must be extended.
+
+        :raise LimitReached: the format's end, or a full refcount table.
+        """
+        gate = self._image.gate
+        while not self._lease:
+            if self._leasing:
+                gate.changed.wait()
+                continue
+            self._leasing = True
+            try:
+                self._extend_lease(wanted)
+            finally:
+                self._leasing = False
+                gate.changed.notify_all()
+        which = next((i for i, (_, count) in enumerate(self._lease) if count >= wanted), 0)
+        first, count = self._lease[which]
+        taken = min(count, wanted)
+        if taken == count:
+            del self._lease[which]
+        else:
+            self._lease[which] = (first + taken, count - taken)
+        return first, taken
+
+    def give_back(self, first: int, count: int) -> None:
+        """Allocated clusters that nothing was made to point to."""
+        self._lease.append((first, count))
+
+    def _extend_lease(self, wanted: int) -> None:
+        image = self._image
+        wanted = max(wanted, self._lease_clusters)
+        self._lease_clusters = min(2 * self._lease_clusters, max(16, LARGEST_LEASE_BYTES >> self._bits))
+        found = self._find_for_lease(wanted)
+        last_block = max(first + count - 1 for first, count in found) // self._per_block
+        try:
+            if last_block * 8 >= len(image.world.refcount_table):
+                self._grow_table(last_block + 1)
+            leased, created = self._raise_to_one(found)
+            with image.gate.released():
+                image.file.flush()
+            if created:
+                # The blocks are durable, and count themselves, before the table points to them.
+                self._link_blocks(created)
+                with image.gate.released():
+                    image.file.flush()
+        except BaseException:
+            for first, count in found:
+                self.unreserve(first, count)
+            raise
+        for first, count in found:
+            self._mark(first, count, False)
+        self._lease.extend(leased)
+
+    def _find_for_lease(self, wanted: int) -> list[ClusterRun]:
+        found: list[ClusterRun] = []
+        while wanted > 0 and len(found) < RUNS_IN_LEASE:
+            found.append(self.reserve(wanted))
+            wanted -= found[-1][1]
+        return found
+
+    def _raise_to_one(self, found: list[ClusterRun]) -> tuple[list[ClusterRun], list[ClusterRun]]:
+        """Write refcounts of one for reserved runs, and blocks for them where there are none.
+
+        :return: what is left to be leased; the new blocks, as index and cluster.
+        """
+        leased: list[ClusterRun] = []
+        created: dict[int, tuple[int, Counts]] = {}
+        for index, start, end in (part for run in found for part in self._split(*run)):
+            base = index * self._per_block
+            block = self.block(index)
+            if block is not None:
+                block[start:end] = 1
+                self._store(index, start, end)
+            elif index in created:
+                created[index][1][start:end] = 1
+            else:
+                block = np.zeros(self._per_block, np.int64)
+                block[start:end] = 1
+                created[index] = (base + start, block)
+                start += 1
+            if end > start:
+                leased.append((base + start, end - start))
+        for cluster, block in created.values():
+            self._image.file.write(cluster << self._bits, encode(block, self._order))
+        return leased, [(index, cluster) for index, (cluster, _) in created.items()]
+
+    def _link_blocks(self, created: list[tuple[int, int]]) -> None:
+        """Write the refcount table's entries of new blocks: index and cluster, ascending."""
+        world = self._image.world
+        for index, cluster in created:
+            entry = struct.pack(">Q", cluster << self._bits)
+            self._image.file.write(world.header.refcount_table_offset + index * 8, entry)
+            world.refcount_table[index * 8 : index * 8 + 8] = entry
+            self._image.note_metadata(cluster, "refcount block")
+
+    def _grow_table(self, blocks: int) -> None:
+        """A longer refcount table, behind all that the present one covers, with the blocks that count it."""
+        image = self._image
+        world = image.world
+        old = world.header
+        covered = len(world.refcount_table) // 8
+        entries = max(blocks, covered * 3 // 2)
+        clusters = blocks_needed = 0
+        while True:
+            clusters = old.clusters_for(entries * 8)
+            start, _ = self.find(
+                clusters + blocks_needed, clusters + blocks_needed, covered * self._per_block
+            )
+            end = start + clusters + blocks_needed
+            spanned = range(start // self._per_block, (end - 1) // self._per_block + 1)
+            if len(spanned) <= blocks_needed and spanned[-1] < entries:
+                break
+            blocks_needed = max(blocks_needed, len(spanned))
+            entries = max(entries, spanned[-1] + 1)
+        if clusters << self._bits > MAX_REFCOUNT_TABLE_BYTES:
+            raise LimitReached("The refcount table of the image has reached its largest size of 8 MiB")
+        table = bytearray(clusters << self._bits)
+        table[: len(world.refcount_table)] = world.refcount_table
+        for number, index in enumerate(spanned):
+            base = index * self._per_block
+            block = np.zeros(self._per_block, np.int64)
+            block[max(0, start - base) : max(0, end - base)] = 1
+            place = start + clusters + number
+            image.file.write(place << self._bits, encode(block, self._order))
+            struct.pack_into(">Q", table, index * 8, place << self._bits)
+        image.file.write(start << self._bits, table)
+        image.file.flush()
+        header = replace(old, refcount_table_offset=start << self._bits, refcount_table_clusters=clusters)
+        image.switch_world(replace(world, header=header, refcount_table=table))
+        self._lower(
+            np.arange(old.refcount_table_clusters, dtype=np.int64) + (old.refcount_table_offset >> self._bits)
+        )
+
+    def take_lease(self) -> list[ClusterRun]:
+        """The lease, which is over: whoever takes it counts it down, or puts it back with `give_back`."""
+        lease, self._lease = self._lease, []
+        return lease
+
+    def return_lease(self) -> None:
+        """Count down what of the lease was not used."""
+        for first, count in self.take_lease():
+            self._lower(np.arange(first, first + count, dtype=np.int64))
+
+    def end_of_used(self) -> int:
+        """The host offset behind the last cluster that is in use."""
+        table = np.frombuffer(self._image.world.refcount_table, ">u8")
+        for index in np.flatnonzero(table)[::-1].tolist():
+            block = self.block(index)
+            if block is not None and block.any():
+                last = int(np.flatnonzero(block)[-1])
+                return int(index * self._per_block + last + 1) << self._bits
+        return 1 << self._bits
+
+    # Dropping references.
+
+    def drop(self, clusters: Iterable[int]) -> None:
+        """References to these clusters were taken out of a table that was written."""
+        self._dropped.extend(clusters)
+        self._dropped_stamp = self._image.gate.stamp()
+
+    @property
+    def has_many_dropped(self) -> bool:
+        """Whether a flush of our own is due."""
+        return len(self._dropped) >= DROPPED_AT_MOST
+
+    def take_dropped(self) -> Clusters | None:
+        """What can be counted down once a flush that begins now has ended; None for nothing."""
+        if not self._dropped or not self._image.gate.quiet_since(self._dropped_stamp):
+            return None
+        taken = np.frombuffer(self._dropped, np.int64).copy()
+        self._dropped = array("q")
+        return taken
+
+    def put_back_dropped(self, clusters: Clusters) -> None:
+        """The flush did not come about."""
+        self._dropped.frombytes(clusters.tobytes())
+
+    def settle(self, dropped: Clusters) -> None:
+        """Count dropped references down, durable as they are, and give the space of what nobody uses now back.
+
+        Gives up the lock for that: what is on its way to zero is not free before.
+
+        :raise ImageCorrupt: there were more references than the refcounts say.
+        """
+        clusters, times = np.unique(dropped, return_counts=True)
+        present = (
+            np.array([self.count(c) for c in clusters.tolist()])
+            if len(clusters) < 64
+            else self._many(clusters)
+        )
+        unused = runs_of(clusters[present == times])
+        with self._image.gate.released():
+            for first, count in unused:
+                self._image.file.discard(first << self._bits, count << self._bits)
+        self._lower(clusters, times)
+
+    def _many(self, clusters: Clusters) -> Counts:
+        found = np.zeros(len(clusters), np.int64)
+        blocks = clusters // self._per_block
+        for index in np.unique(blocks).tolist():
+            block = self.block(index)
+            if block is not None:
+                of_block = blocks == index
+                found[of_block] = block[clusters[of_block] % self._per_block]
+        return found
+
+    def _lower(self, clusters: Clusters, times: Counts | None = None) -> None:
+        if times is None:
+            times = np.ones(len(clusters), np.int64)
+        blocks = clusters // self._per_block
+        for index in np.unique(blocks).tolist():
+            of_block = blocks == index
+            within = clusters[of_block] % self._per_block
+            block = self.block(index)
+            if block is None or (block[within] < times[of_block]).any():
+                raise ImageCorrupt(
+                    f"A refcount of clusters {int(clusters[of_block][0])} to {int(clusters[of_block][-1])} is lower "
+                    "than the references that were dropped",
+                    remedy="Run `stillframe image check --repair all` on the image.",
+                )
+            block[within] -= times[of_block]
+            self._store(index, int(within.min()), int(within.max()) + 1)
+        for cluster in clusters.tolist():
+            if self.count(cluster) == 0:
+                self._image.forget_cluster(cluster)
+                self._search_from = min(self._search_from, cluster)
+
+    # Switching tables.
+
+    def forget_all(self) -> None:
+        """The tables were switched: what was read of them is void; reservations stay."""
+        self._blocks.clear()
+        self._search_from = 1
+        self._lease_clusters = self._first_lease

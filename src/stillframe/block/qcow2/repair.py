@@ -1,0 +1,95 @@
+"""An image's refcounts made to agree with what its tables refer to, by the shadow switch: all at once or not at all.
+
+The tables that map a disk are taken as they are. What is repaired is what can be derived from them: refcounts, and the COPIED
+flags of the active tree.
+"""
+
+from typing import Literal
+
+import numpy as np
+
+from stillframe.block.node import Node
+from stillframe.block.qcow2.changes import own_again, switch_now
+from stillframe.block.qcow2.check import CheckResult, Walk, refuse_if_unreadable
+from stillframe.block.qcow2.image import Image, World
+from stillframe.block.qcow2.layout import CORRUPT, DIRTY, REFCOUNT_TABLE_RESERVED, aligned
+from stillframe.block.qcow2.shadow import Shadow, l1_words, pack_words
+from stillframe.block.qcow2.widths import runs_of
+
+What = Literal["leaks", "all"]
+
+
+def repair(file: Node, what: What) -> CheckResult:
+    """Repair the image in an open, writable node.
+
+    :param what: "leaks" gives back clusters that nobody refers to; "all" also raises refcounts that are too low.
+    :return: what a second check found, and how much was repaired before it.
+    :raise ImageCorrupt: too damaged to be repaired; nothing was written.
+    """
+    image = Image(file, None, read_only=False, is_repair=True)
+    result = repair_open(image, what)
+    marks = image.header.incompatible & (CORRUPT | DIRTY)
+    if marks and not result.corruptions and not result.check_errors:
+        image.set_features(incompatible=image.header.incompatible & ~marks)
+    image.close()
+    return result
+
+
+def repair_open(image: Image, what: What) -> CheckResult:
+    """`repair` for an image that is open and that nobody else uses."""
+    refuse_if_unreadable(image)
+    first = Walk(image)
+    if not first.result.leaks and not first.result.corruptions:
+        return first.result
+    _forget_impossible_blocks(image)
+    held = _hold_uncounted(image, first)
+
+    def build(shadow: Shadow) -> World:
+        for index in sorted(first.references.keys() | first.refcounts.keys()):
+            nothing = np.zeros(image.header.refcounts_in_block, np.int64)
+            found = first.references.get(index, nothing)
+            said = first.refcounts.get(index, nothing)
+            shadow.set_counts(index, found if what == "all" else np.minimum(found, said))
+        active = l1_words(image.world.l1)
+        new = own_again(shadow, active)
+        return shadow.world(l1=None if np.array_equal(new, active) else pack_words(new), snapshots=None)
+
+    try:
+        switch_now(image, build)
+    finally:
+        with image.gate.lock:
+            for run in held:
+                image.refcounts.unreserve(*run)
+    second = Walk(image).result
+    second.leaks_fixed = max(0, first.result.leaks - second.leaks)
+    second.corruptions_fixed = max(0, first.result.corruptions - second.corruptions)
+    second.messages = first.result.messages
+    return second
+
+
+def _forget_impossible_blocks(image: Image) -> None:
+    """Entries of the refcount table that point where no block can be count as no block."""
+    table = image.world.refcount_table
+    words = np.frombuffer(bytes(table), ">u8")
+    for index in np.flatnonzero(words).tolist():
+        offset = int(words[index])
+        if (
+            offset & REFCOUNT_TABLE_RESERVED
+            or not aligned(offset, image.cluster_size - 1)
+            or offset >= image.file.size
+        ):
+            table[index * 8 : index * 8 + 8] = bytes(8)
+
+
+def _hold_uncounted(image: Image, walk: Walk) -> list[tuple[int, int]]:
+    """Clusters in use of which the refcount says they are free must not be taken for the new tables."""
+    held: list[tuple[int, int]] = []
+    per_block = image.header.refcounts_in_block
+    for index, found in walk.references.items():
+        said = walk.refcounts.get(index)
+        uncounted = found > 0 if said is None else (found > 0) & (said == 0)
+        held += runs_of(np.flatnonzero(uncounted) + index * per_block)
+    with image.gate.lock:
+        for run in held:
+            image.refcounts.hold(*run)
+    return held

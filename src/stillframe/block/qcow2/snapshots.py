@@ -1,0 +1,73 @@
+"""The snapshots of an image, as the layers above see them: `SnapshotStore` of block/node.py."""
+
+from collections.abc import Sequence
+
+from stillframe.block.node import Change, SnapshotInfo
+from stillframe.block.qcow2.image import Image
+from stillframe.block.qcow2.pending import Pending, freeze
+from stillframe.block.qcow2.snapshot_table import SnapshotEntry, check_l1_place
+from stillframe.errors import NotFound
+
+
+class Snapshots:
+    """See `SnapshotStore`. A read-only image lists and reads."""
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self._l1_of: tuple[int, int, bytearray] | None = None
+
+    def snapshots(self) -> Sequence[SnapshotInfo]:
+        """See `SnapshotStore`."""
+        size = self._image.header.size
+        return tuple(entry.info(size) for entry in self._image.world.snapshots)
+
+    def freeze(self) -> Pending:
+        """See `SnapshotStore`."""
+        return freeze(self._image)
+
+    def prepare_revert(self, snapshot: SnapshotInfo) -> Change:
+        """See `SnapshotStore`.
+
+        :raise Unsupported: dirty bitmaps, or a version 2 image of another size.
+        :raise InUse: a snapshot is pending, or another change is not finished.
+        """
+        from stillframe.block.qcow2.changes import prepare_revert
+
+        return prepare_revert(self._image, self._find(snapshot))
+
+    def prepare_delete(self, snapshot: SnapshotInfo) -> Change:
+        """See `SnapshotStore`. :raise InUse: a snapshot is pending, or another change is not finished."""
+        from stillframe.block.qcow2.changes import prepare_delete
+
+        return prepare_delete(self._image, self._find(snapshot))
+
+    def read_state(self, snapshot: SnapshotInfo, offset: int, length: int) -> bytes:
+        """See `SnapshotStore`."""
+        image = self._image
+        entry = self._find(snapshot)
+        length = max(0, min(length, entry.state_size - offset))
+        start = image.header.l1_entries_for(entry.disk_size(image.header.size)) * image.header.l2_span
+        buffer = bytearray(length)
+        image.read_tree(self._l1(entry), start + offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def _l1(self, entry: SnapshotEntry) -> bytearray:
+        """A snapshot's L1; the last one is remembered. The table of a listed snapshot never changes."""
+        known = self._l1_of
+        if known is None or known[:2] != (entry.l1_offset, entry.l1_size):
+            check_l1_place(entry, self._image.header)
+            known = (
+                entry.l1_offset,
+                entry.l1_size,
+                self._image.file.read(entry.l1_offset, entry.l1_size * 8),
+            )
+            self._l1_of = known
+        return known[2]
+
+    def _find(self, snapshot: SnapshotInfo) -> SnapshotEntry:
+        size = self._image.header.size
+        for entry in self._image.world.snapshots:
+            info = entry.info(size)
+            if (info.id, info.name) == (snapshot.id, snapshot.name):
+                return entry
+        raise NotFound(f"Can't find the snapshot '{snapshot.name}'")

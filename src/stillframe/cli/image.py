@@ -1,0 +1,335 @@
+"""`stillframe image`: images at rest, without a machine."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from stillframe.cli.image_open import FORMATS, force_share_option, format_option, opened, probed
+from stillframe.cli.image_snapshot import snapshot, snapshot_lines
+from stillframe.cli.present import format_size, parse_size, print_json, printable
+from stillframe.errors import InvalidRequest, Unsupported
+
+if TYPE_CHECKING:
+    from stillframe.block.node import ImageInfo, Node
+    from stillframe.block.qcow2.check import CheckResult
+
+EXIT_FAILED = 1
+EXIT_CORRUPT = 2
+EXIT_LEAKS = 3
+EXIT_NO_CHECK = 63
+
+
+def _read_size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        return parse_size(text)
+    except ValueError:
+        raise click.BadParameter(
+            f"'{text}' is not a size. You may use k, M, G, T, P or E suffixes for kilobytes, megabytes, "
+            "gigabytes, terabytes, petabytes and exabytes."
+        ) from None
+
+
+@click.group(
+    epilog="""\b
+EXAMPLES
+  stillframe image create disk.qcow2 10G
+  stillframe image info --json disk.qcow2
+  stillframe image check disk.qcow2
+  stillframe image snapshot create disk.qcow2 before-upgrade"""
+)
+def image() -> None:
+    """Create, describe, check and snapshot disk images.
+
+    The images stay ordinary: qemu-img reads them, and these commands read those of qemu-img. An image that a
+    machine has open is refused: its lock says so.
+    """
+
+
+@image.command(
+    epilog="""\b
+OPTIONS OF qcow2, as -o NAME=VALUE[,NAME=VALUE]
+  cluster_size    512 to 2M, a power of two (64k)
+  refcount_bits   1, 2, 4, 8, 16, 32 or 64 (16)
+  compat          1.1 or 0.10 (1.1)
+  lazy_refcounts  on or off (off)
+
+\b
+EXAMPLES
+  stillframe image create disk.qcow2 10G
+  stillframe image create -o cluster_size=4k disk.qcow2 512M
+  stillframe image create -b base.qcow2 -F qcow2 overlay.qcow2
+  stillframe image create -f raw vars.raw 64M"""
+)
+@click.option(
+    "-f", "--format", "kind", type=FORMATS, default="qcow2", show_default=True, help="What to make."
+)
+@click.option(
+    "-o", "options", multiple=True, metavar="NAME=VALUE,...", help="Options of the format, see below."
+)
+@click.option("-b", "--backing", metavar="FILE", help="Show this image where the new one has no data yet.")
+@click.option("-F", "--backing-format", type=FORMATS, help="The backing image's format; -b needs it.")
+@click.option("--force", is_flag=True, help="Replace a file of that name; what it held is lost.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing on success.")
+@click.argument("file")
+@click.argument("size", callback=_read_size, required=False)
+def create(
+    kind: str,
+    options: tuple[str, ...],
+    backing: str | None,
+    backing_format: str | None,
+    force: bool,
+    quiet: bool,
+    file: str,
+    size: int | None,
+) -> None:
+    """Make an image FILE of SIZE bytes (10G, 1.5T); with -b, of the backing image's size.
+
+    An existing file is not replaced, as qemu-img would: say --force.
+    """
+    from stillframe.block.create import create_qcow2, create_raw
+
+    settings = _qcow2_settings(options)
+    if kind == "raw":
+        if settings or backing:
+            raise InvalidRequest(
+                "A raw image has no options and no backing file", remedy="Make a qcow2 image: -f qcow2."
+            )
+        create_raw(file, _given(file, size), replace=force)
+    else:
+        if backing is not None:
+            size = _size_over(file, size, backing, backing_format)
+            settings |= {"backing_file": backing, "backing_format": backing_format}
+        elif backing_format is not None:
+            raise InvalidRequest("Backing format cannot be used without backing file")
+        create_qcow2(file, _given(file, size), replace=force, options=settings)
+    if not quiet:
+        with opened(file, kind) as node:
+            click.echo(f"Created '{printable(file)}': {kind}, {format_size(node.size)} ({node.size} bytes)")
+
+
+def _given(file: str, size: int | None) -> int:
+    if size is None:
+        raise InvalidRequest(
+            f"{file}: Image creation needs a size parameter", remedy="Give SIZE after FILE, as 10G."
+        )
+    return size
+
+
+def _size_over(file: str, size: int | None, backing: str, backing_format: str | None) -> int:
+    """The new image's size, after a look at what it is to stand on."""
+    from stillframe.block.file import same_file
+    from stillframe.block.opening import full_backing_name
+
+    if backing_format is None:
+        raise InvalidRequest(
+            f"{file}: Backing file specified without backing format", remedy="Say -F qcow2 or -F raw."
+        )
+    below = full_backing_name(file, backing)
+    if same_file(file, below):
+        raise InvalidRequest(f"{file}: Trying to create an image with the same filename as the backing file")
+    with opened(below, backing_format, with_backing=True) as node:
+        return node.size if size is None else size
+
+
+def _qcow2_settings(options: tuple[str, ...]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for option in ",".join(options).split(",") if options else ():
+        name, _, value = option.partition("=")
+        if name in ("cluster_size", "refcount_bits"):
+            try:
+                settings[name] = parse_size(value)
+            except ValueError as error:
+                raise InvalidRequest(f"Parameter '{name}' expects a size") from error
+        elif name == "compat":
+            settings[name] = {"v2": "0.10", "v3": "1.1"}.get(value, value)
+        elif name == "lazy_refcounts":
+            if value not in ("on", "off"):
+                raise InvalidRequest(f"Parameter '{name}' expects 'on' or 'off'")
+            settings[name] = value == "on"
+        elif name in _NOT_DONE:
+            if value != _NOT_DONE[name]:
+                raise Unsupported(f"Parameter '{name}' with the value '{value}' is not supported")
+        else:
+            raise InvalidRequest(f"Invalid parameter '{name}'", remedy="See stillframe image create --help.")
+    return settings
+
+
+_NOT_DONE = {
+    "preallocation": "off",
+    "extended_l2": "off",
+    "compression_type": "zlib",
+    "data_file_raw": "off",
+    "encryption": "off",
+    "data_file": "",
+    "encrypt.format": "",
+}
+"""What qemu-img knows and we do not, with the value that asks for nothing."""
+
+
+@image.command(
+    epilog="""\b
+EXAMPLES
+  stillframe image info disk.qcow2
+  stillframe image info --json --backing-chain overlay.qcow2"""
+)
+@format_option
+@force_share_option
+@click.option("--backing-chain", is_flag=True, help="The images below too, top first.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="For programs, in qemu-img's shape; a list with --backing-chain."
+)
+@click.argument("file")
+def info(kind: str | None, force_share: bool, backing_chain: bool, as_json: bool, file: str) -> None:
+    """Describe an image: format, sizes, backing file, snapshots."""
+    from stillframe.block.describe import image_tree_json
+
+    found: list[ImageInfo] = []
+    with opened(file, kind, force_share=force_share, with_backing=backing_chain) as node:
+        here: Node | None = node
+        while here is not None:
+            found.append(here.info())
+            here = here.children.get("backing")
+    if as_json:
+        shown = [image_tree_json(each) for each in found]
+        print_json(shown if backing_chain else shown[0])
+    else:
+        click.echo("\n\n".join("\n".join(_info_lines(each)) for each in found))
+
+
+def _info_lines(info: "ImageInfo") -> Iterator[str]:
+    from stillframe.block.opening import full_backing_name
+
+    yield f"image: {printable(info.filename)}"
+    yield f"file format: {info.format}"
+    yield f"virtual size: {format_size(info.virtual_size)} ({info.virtual_size} bytes)"
+    yield f"disk size: {'unavailable' if info.actual_size is None else format_size(info.actual_size)}"
+    if info.encrypted:
+        yield "encrypted: yes"
+    if info.cluster_size is not None:
+        yield f"cluster_size: {info.cluster_size}"
+    if info.dirty:
+        yield "cleanly shut down: no"
+    if info.backing_filename is not None:
+        full = full_backing_name(info.filename, info.backing_filename)
+        actual = "" if full == info.backing_filename else f" (actual path: {printable(full)})"
+        yield f"backing file: {printable(info.backing_filename)}{actual}"
+    if info.backing_format is not None:
+        yield f"backing file format: {printable(info.backing_format)}"
+    if info.snapshots:
+        yield from snapshot_lines(info.snapshots)
+    if info.format_specific is not None and info.format_specific["data"]:
+        yield "Format specific information:"
+        for name, value in info.format_specific["data"].items():
+            shown = str(value).lower() if isinstance(value, bool) else str(value)
+            yield f"    {name.replace('-', ' ')}: {printable(shown)}"
+    for role, child in info.children:
+        yield f"Child node '/{role}':"
+        yield f"    filename: {printable(child.filename)}"
+        yield f"    protocol type: {child.format}"
+        yield f"    file length: {format_size(child.virtual_size)} ({child.virtual_size} bytes)"
+        if child.actual_size is not None:
+            yield f"    disk size: {format_size(child.actual_size)}"
+
+
+@image.command(
+    epilog=f"""\b
+EXAMPLES
+  stillframe image check disk.qcow2
+  stillframe image check --repair leaks disk.qcow2
+
+\b
+EXIT CODES
+  0   clean, also after a repair
+  1   could not be checked to the end
+  {EXIT_CORRUPT}   corrupt
+  {EXIT_LEAKS}   clusters are leaked: space is wasted, no data is in danger
+  {EXIT_NO_CHECK}  the format knows no checks"""
+)
+@format_option
+@force_share_option
+@click.option(
+    "-r",
+    "--repair",
+    type=click.Choice(["leaks", "all"]),
+    help="leaks: give back what nobody uses. all: make the refcounts what the tables say, too.",
+)
+@click.option("--json", "as_json", is_flag=True, help="For programs, in qemu-img's shape.")
+@click.argument("file")
+@click.pass_context
+def check(
+    context: click.Context,
+    kind: str | None,
+    force_share: bool,
+    repair: Literal["leaks", "all"] | None,
+    as_json: bool,
+    file: str,
+) -> None:
+    """Check that the tables of an image agree, and repair them if asked to."""
+    from stillframe.block.file import FileNode
+    from stillframe.block.qcow2.check import check as check_image
+    from stillframe.block.qcow2.repair import repair as repair_image
+
+    if repair and force_share:
+        raise click.UsageError("--repair writes the image, --force-share only looks at it")
+    if (kind or probed(file)) != "qcow2":
+        click.echo("stillframe: This image format does not support checks", err=True)
+        context.exit(EXIT_NO_CHECK)
+    node = FileNode("file", file, read_only=repair is None, locking="off" if force_share else "auto")
+    try:
+        result = repair_image(node, repair) if repair else check_image(node)
+    finally:
+        node.close()
+    if as_json:
+        print_json(result.as_qapi() | {"filename": file, "format": "qcow2"})
+    else:
+        _print_check(result)
+    context.exit(_check_exit_code(result))
+
+
+def _check_exit_code(result: "CheckResult") -> int:
+    if result.check_errors:
+        return EXIT_FAILED
+    if result.corruptions:
+        return EXIT_CORRUPT
+    return EXIT_LEAKS if result.leaks else 0
+
+
+def _print_check(result: "CheckResult") -> None:
+    for message in result.messages:
+        click.echo(printable(message), err=True)
+    if result.leaks_fixed or result.corruptions_fixed:
+        click.echo(
+            "The following inconsistencies were found and repaired:\n\n"
+            f"    {result.leaks_fixed} leaked clusters\n    {result.corruptions_fixed} corruptions\n\n"
+            "Double checking the fixed image now..."
+        )
+    if not (result.corruptions or result.leaks or result.check_errors):
+        click.echo("No errors were found on the image.")
+    if result.corruptions:
+        click.echo(
+            f"\n{result.corruptions} errors were found on the image.\n"
+            "Data may be corrupted, or further writes to the image may corrupt it."
+        )
+    if result.leaks:
+        click.echo(
+            f"\n{result.leaks} leaked clusters were found on the image.\n"
+            "This means waste of disk space, but no harm to data."
+        )
+    if result.check_errors:
+        click.echo(f"\n{result.check_errors} internal errors have occurred during the check.")
+    if result.total_clusters and result.allocated_clusters:
+        allocated = 100 * result.allocated_clusters / result.total_clusters
+        fragmented = 100 * result.fragmented_clusters / result.allocated_clusters
+        compressed = 100 * result.compressed_clusters / result.allocated_clusters
+        click.echo(
+            f"{result.allocated_clusters}/{result.total_clusters} = {allocated:.2f}% allocated, "
+            f"{fragmented:.2f}% fragmented, {compressed:.2f}% compressed clusters"
+        )
+    if result.image_end_offset:
+        click.echo(f"Image end offset: {result.image_end_offset}")
+
+
+image.add_command(snapshot)

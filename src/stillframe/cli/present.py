@@ -1,0 +1,89 @@
+"""How things look on the terminal: sizes, dates, tables, JSON and errors, the same in every command."""
+
+import json
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from stillframe.errors import StillframeError
+
+_UNITS = ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
+_SUFFIXES = {
+    "": 1,
+    "b": 1,
+    "k": 1 << 10,
+    "m": 1 << 20,
+    "g": 1 << 30,
+    "t": 1 << 40,
+    "p": 1 << 50,
+    "e": 1 << 60,
+}
+
+
+def format_size(size: int) -> str:
+    """Bytes with three digits and a binary unit, as QEMU writes them: "0 B", "855 KiB", "3.96 MiB"."""
+    unit = 0
+    while unit < len(_UNITS) - 1 and size >= 1000 << (10 * unit):
+        unit += 1
+    return f"{size / (1 << (10 * unit)):.3g} {_UNITS[unit]}B"
+
+
+def parse_size(text: str) -> int:
+    """Bytes from a number with a suffix: "10G", "1.5K", "0x200".
+
+    :raise ValueError: it is none.
+    """
+    digits = text.strip().lower()
+    suffix = digits[-1:] if digits[-1:] in _SUFFIXES and not digits.startswith("0x") else ""
+    number = digits.removesuffix(suffix) if suffix else digits
+    scale = _SUFFIXES[suffix]
+    if "." in number:
+        whole, fraction = number.split(".", 1)
+        if not (whole + fraction).isascii() or not (whole + fraction).isdigit():
+            raise ValueError(f"'{text}' is not a size")
+        return int(whole or "0") * scale + int(fraction or "0") * scale // int("1" + "0" * len(fraction))
+    if not number.isascii() or "_" in number or number.startswith(("+", "-")):
+        raise ValueError(f"'{text}' is not a size")
+    return int(number, 16 if number.startswith("0x") else 10) * scale
+
+
+def format_date(seconds: int) -> str:
+    """A moment since the epoch, in local time: "2026-11-22 18:51:59"."""
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def format_clock(nanoseconds: int) -> str:
+    """A guest's clock: "0000:00:00.729"."""
+    milliseconds = nanoseconds // 1_000_000
+    seconds, milliseconds = divmod(milliseconds, 1000)
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:04d}:{minutes:02d}:{seconds:02d}.{milliseconds:03d}"
+
+
+def printable(text: str) -> str:
+    """Text from an image or a peer, with what could steer a terminal written as escapes."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows under a heading, columns aligned on the left, without a newline at the end."""
+    lines = [[printable(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def print_json(value: Any) -> None:
+    """For programs, on standard output."""
+    print(json.dumps(value, indent=4))
+
+
+def print_error(error: StillframeError) -> None:
+    """What happened, what was left behind, and what to do, on standard error."""
+    lines = [f"stillframe: {printable(error.message)}"]
+    lines += [f"  {printable(text)}" for text in (error.left, error.remedy) if text]
+    print("\n".join(lines), file=sys.stderr)

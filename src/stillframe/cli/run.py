@@ -1,0 +1,321 @@
+"""`stillframe run`: a machine is put together from its options, and served until it ends."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from stillframe.cli.run_options import (
+    ConsoleOptions,
+    DeviceOptions,
+    monitor_addresses,
+    parse_console,
+    parse_device,
+    parse_memory,
+)
+from stillframe.errors import InvalidRequest, Unsupported
+from stillframe.monitor.addresses import Address
+
+if TYPE_CHECKING:
+    from stillframe.block.graph import BlockGraph
+    from stillframe.machine.build import MachineConfig
+    from stillframe.machine.console import Console
+    from stillframe.machine.machine import Machine
+    from stillframe.monitor.server import MonitorServer
+
+_READY = b"ready\n"
+_READY_FD = "STILLFRAME_READY_FD"
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Everything that was asked for, checked as far as words can be."""
+
+    name: str | None
+    board: str
+    memory: int
+    kernel: Path | None
+    initrd: Path | None
+    append: str
+    bios: Path | None
+    blockdevs: tuple[str, ...]
+    devices: tuple[DeviceOptions, ...]
+    flash: tuple[str, ...]
+    addresses: tuple[Address, ...]
+    allow_local_users: bool
+    console: ConsoleOptions
+    icount: int | None
+    paused: bool
+    keep_after_shutdown: bool
+
+
+@click.command(
+    epilog="""\b
+EXAMPLES
+  stillframe run --name box --memory 256M --kernel Image --initrd initrd.gz --append console=ttyS0 \\
+      --blockdev driver=qcow2,node-name=root,file.driver=file,file.filename=root.qcow2 \\
+      --device virtio-blk,drive=root
+  stillframe run --name box --detach --console log:box.log --kernel Image
+  stillframe run --machine none --qmp stdio --blockdev '{"driver": "null-co", "node-name": "n"}'
+
+\b
+CONSOLE
+  stdio       this terminal; Ctrl-A x ends the machine (the default, but with --detach)
+  unix:PATH   a socket of mode 0600
+  log:PATH    appended to a file
+  none        dropped (the default with --detach)
+
+\b
+MONITOR
+  --name NAME listens where `stillframe save NAME …` finds it; --qmp adds further places:
+  unix:PATH, stdio, or tcp:HOST:PORT on a loopback address. There is no authentication: a TCP
+  port is open to every user of this host, so it needs --allow-local-users, too.
+
+SIGTERM and SIGINT end the machine as `quit` does: jobs are cancelled, images stay consistent."""
+)
+@click.option("--name", metavar="NAME", help="What the machine is called; other commands find it by this.")
+@click.option("--engine", default="unicorn", show_default=True, help="What runs the guest's instructions.")
+@click.option(
+    "--machine", "board", default="virt", show_default=True, help="The board: virt, or none for nodes alone."
+)
+@click.option("--memory", default="128M", show_default=True, metavar="SIZE", help="The guest's memory.")
+@click.option("--kernel", type=click.Path(path_type=Path), help="A riscv64 kernel: Image, Image.gz or ELF.")
+@click.option("--initrd", type=click.Path(path_type=Path), help="The kernel's initial file system.")
+@click.option("--append", default="", metavar="WORDS", help="The kernel's command line.")
+@click.option("--bios", type=click.Path(path_type=Path), help="Firmware to start, in S mode.")
+@click.option(
+    "--blockdev", "blockdevs", multiple=True, metavar="OPTIONS", help="A node: JSON or dotted keys."
+)
+@click.option(
+    "--device", "devices", multiple=True, metavar="OPTIONS", help="A disk: virtio-blk,drive=NODE; repeatable."
+)
+@click.option(
+    "--flash", multiple=True, metavar="NODE", help="A node in a flash device; its content is machine state."
+)
+@click.option("--qmp", "addresses", multiple=True, metavar="ADDRESS", help="A further monitor; repeatable.")
+@click.option(
+    "--allow-local-users", is_flag=True, help="Let a TCP monitor be open to all users of this host."
+)
+@click.option("--console", metavar="WHERE", help="The guest's serial console; see below.")
+@click.option(
+    "--icount",
+    type=click.IntRange(0, 10),
+    metavar="SHIFT",
+    help="Time from the instructions counted: 2^SHIFT ns each.",
+)
+@click.option("--paused", is_flag=True, help="Wait for `cont` before the first instruction.")
+@click.option("--no-shutdown", is_flag=True, help="Stay when the guest powers itself off.")
+@click.option("--detach", is_flag=True, help="Go on in the background once the machine runs.")
+def run(
+    name: str | None,
+    engine: str,
+    board: str,
+    memory: str,
+    kernel: Path | None,
+    initrd: Path | None,
+    append: str,
+    bios: Path | None,
+    blockdevs: tuple[str, ...],
+    devices: tuple[str, ...],
+    flash: tuple[str, ...],
+    addresses: tuple[str, ...],
+    allow_local_users: bool,
+    console: str | None,
+    icount: int | None,
+    paused: bool,
+    no_shutdown: bool,
+    detach: bool,
+) -> int:
+    """Run a machine."""
+    if engine != "unicorn":
+        raise Unsupported(f"There is no engine '{engine}'", remedy="Choose unicorn.")
+    standard = "none" if detach or "stdio" in addresses else "stdio"
+    console_options = parse_console(console or standard)
+    options = RunOptions(
+        name=name,
+        board=board,
+        memory=parse_memory(memory),
+        kernel=kernel,
+        initrd=initrd,
+        append=append,
+        bios=bios,
+        blockdevs=blockdevs,
+        devices=tuple(parse_device(text) for text in devices),
+        flash=flash,
+        addresses=tuple(monitor_addresses(name, addresses, console_options)),
+        allow_local_users=allow_local_users,
+        console=console_options,
+        icount=icount,
+        paused=paused,
+        keep_after_shutdown=no_shutdown,
+    )
+    if detach:
+        if "stdio" in (console_options.kind, *addresses):
+            raise InvalidRequest(
+                "A machine in the background has no standard input and output",
+                remedy="Use --console unix:PATH or log:PATH, and --name or --qmp unix:PATH.",
+            )
+        return _detach([word for word in sys.argv[1:] if word != "--detach"])
+    if not options.addresses:
+        click.echo("stillframe: this machine has no monitor; --name or --qmp would give it one", err=True)
+    return asyncio.run(_serve(options))
+
+
+def _detach(words: Sequence[str]) -> int:
+    """Start the machine as a process of its own session; return once it listens and runs."""
+    ready_read, ready_write = os.pipe()
+    with os.fdopen(ready_read, "rb") as ready:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "stillframe", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[ready_write],
+            env={**os.environ, _READY_FD: str(ready_write)},
+            start_new_session=True,
+        )
+        os.close(ready_write)
+        if ready.read() == _READY:
+            # It is nobody's child any more that a `wait` would be for.
+            child.returncode = 0
+            return 0
+    return child.wait()
+
+
+def _tell_ready() -> None:
+    """Let a waiting `--detach` go; from then on nobody reads what we print."""
+    text = os.environ.pop(_READY_FD, None)
+    if text is None:
+        return
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 2)
+    os.close(null)
+    with os.fdopen(int(text), "wb") as ready:
+        ready.write(_READY)
+
+
+async def _serve(options: RunOptions) -> int:
+    from stillframe.block.graph import BlockGraph
+    from stillframe.block.options import parse_options
+    from stillframe.events import EventBus
+    from stillframe.jobs import Jobs
+    from stillframe.machine.build import build_machine
+    from stillframe.monitor.host import Host
+    from stillframe.monitor.server import MonitorServer
+
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+
+    def end() -> None:
+        loop.call_soon_threadsafe(ended.set)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, ended.set)
+    events, graph = EventBus(), BlockGraph()
+    with contextlib.ExitStack() as stack:
+        stack.callback(graph.close)
+        for text in options.blockdevs:
+            graph.blockdev_add(parse_options(text))
+        console = stack.enter_context(_console(options.console, end))
+        machine = build_machine(_machine_config(options, graph, console), events)
+        stack.callback(machine.close)
+        host = Host(machine, graph, Jobs(events), events)
+        server = MonitorServer(host)
+        try:
+            for address in options.addresses:
+                await server.listen(address, allow_local_users=options.allow_local_users)
+            await asyncio.to_thread(machine.start, paused=options.paused)
+            _tell_ready()
+            await _until_over(machine, server, ended)
+        finally:
+            await asyncio.to_thread(host.end, "host-signal")
+            await server.close()
+    return 0
+
+
+async def _until_over(machine: "Machine", server: "MonitorServer", ended: asyncio.Event) -> None:
+    """Wait for a signal, Ctrl-A x, a client's `quit`, or the guest's own end."""
+
+    def watch() -> None:
+        machine.wait()
+        with contextlib.suppress(RuntimeError):
+            # The loop is gone where something else has ended the machine first.
+            loop.call_soon_threadsafe(guest_ended.set)
+
+    loop, guest_ended = asyncio.get_running_loop(), asyncio.Event()
+    threading.Thread(target=watch, name="machine-end", daemon=True).start()
+    waits = [asyncio.create_task(wait) for wait in (ended.wait(), guest_ended.wait(), server.wait_over())]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    if guest_ended.is_set() and machine.shutdown is not None and machine.shutdown.reason == "host-qmp-quit":
+        # The client that asked has its answer still to come.
+        await server.wait_over()
+    for wait in waits:
+        wait.cancel()
+
+
+def _machine_config(options: RunOptions, graph: "BlockGraph", console: "Console") -> "MachineConfig":
+    from stillframe.machine.build import DriveConfig, MachineConfig
+
+    drives = []
+    for number, device in enumerate(options.devices):
+        node = graph.find(device.options["drive"])
+        user = device.options.get("id", f"virtio-blk {number}")
+        graph.use(node, user, writable=not node.read_only)
+        drives.append(
+            DriveConfig(
+                node,
+                device.options.get("id"),
+                device.options.get("serial", ""),
+                device.options.get("werror", "enospc"),
+                device.options.get("rerror", "report"),
+            )
+        )
+    banks = []
+    for number, name in enumerate(options.flash):
+        node = graph.find(name)
+        graph.use(node, f"flash {number}", writable=not node.read_only)
+        banks.append(node)
+    return MachineConfig(
+        name=options.name,
+        board=options.board,
+        memory_size=options.memory,
+        kernel=options.kernel,
+        initrd=options.initrd,
+        append=options.append,
+        bios=options.bios,
+        drives=tuple(drives),
+        flash=tuple(banks),
+        console=console,
+        icount_shift=options.icount,
+        exit_on_shutdown=not options.keep_after_shutdown,
+    )
+
+
+@contextlib.contextmanager
+def _console(options: ConsoleOptions, end: Callable[[], None]) -> "Iterator[Console]":
+    from stillframe.machine.console import Console, LogConsole, SocketConsole
+
+    if options.kind == "stdio":
+        from stillframe.cli.terminal import TerminalConsole, raw_terminal
+
+        with raw_terminal():
+            console: Console = TerminalConsole(end)
+            with contextlib.closing(console):
+                yield console
+        return
+    path = options.path or Path()
+    console = {
+        "unix": lambda: SocketConsole(path),
+        "log": lambda: LogConsole(path),
+        "none": Console,
+    }[options.kind]()
+    with contextlib.closing(console):
+        yield console

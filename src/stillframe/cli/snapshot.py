@@ -1,0 +1,229 @@
+"""`stillframe save`, `load`, `delete`, `list`: the snapshots of a machine that runs."""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from stillframe.cli.present import format_date, format_size, table
+from stillframe.cli.progress import progress_bar
+from stillframe.cli.selection import Selection, describe, select_for_save, select_with_tag
+from stillframe.cli.target import converse, qmp_option, split_words
+from stillframe.client import Client, JobState
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_JSON = click.option(
+    "--json", "as_json", is_flag=True, help="For programs: one JSON object on standard output."
+)
+_JOB_ID = click.option("--job-id", help="The job's id; chosen where it is left out.")
+
+
+def _devices_option(command: Command) -> Command:
+    return click.option(
+        "--devices",
+        metavar="A,B",
+        default="",
+        help="The nodes, by node-name; left out, those of the guest's devices that can be snapshotted.",
+    )(command)
+
+
+def _vmstate_option(command: Command) -> Command:
+    return click.option(
+        "--vmstate", metavar="NODE", help="The node that holds the machine state; one of the devices."
+    )(command)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
+def _tell_selection(selection: Selection, *, quiet: bool) -> None:
+    if quiet:
+        return
+    for name, reason in selection.left_out:
+        click.echo(f"left out: '{name}': {reason}", err=True)
+
+
+def _tell_end(what: str, selection: Selection, job: JobState, seconds: float, *, as_json: bool) -> None:
+    if as_json:
+        outcome = {
+            **describe(selection),
+            "job": {"id": job.id, "type": job.type, "bytes": job.total},
+            "seconds": round(seconds, 6),
+        }
+        click.echo(json.dumps(outcome, indent=4))
+        return
+    size = f", {format_size(job.total)}" if job.total > 1 else ""
+    click.echo(f"{what} on {', '.join(selection.devices)}{size} in {seconds:.2f} s")
+
+
+@click.command(
+    epilog=f"""\b
+EXAMPLES
+  stillframe save box before-upgrade
+  stillframe save box clean --devices root,vars --vmstate root
+  stillframe save {"--qmp unix:/run/vm/qmp.sock"} clean --json
+
+Ctrl-C cancels the job; nothing of it is left behind, and the guest goes on."""
+)
+@click.argument("words", nargs=-1, metavar="[NAME] TAG")
+@qmp_option
+@_devices_option
+@_vmstate_option
+@_JOB_ID
+@_JSON
+def save(
+    words: tuple[str, ...],
+    address: str | None,
+    devices: str,
+    vmstate: str | None,
+    job_id: str | None,
+    as_json: bool,
+) -> None:
+    """Take a snapshot of a machine: memory, devices and disks."""
+    target, tag = split_words(words, address, "TAG")
+
+    async def talk(client: Client) -> None:
+        selection = await select_for_save(client, _names(devices), vmstate)
+        _tell_selection(selection, quiet=as_json)
+        started = time.monotonic()
+        with progress_bar(f"Saving {tag}", shown=not as_json) as listener:
+            job = await client.save(
+                tag,
+                vmstate=selection.vmstate or selection.devices[0],
+                devices=selection.devices,
+                job_id=job_id,
+                progress=listener,
+            )
+        _tell_end(f"Saved '{tag}'", selection, job, time.monotonic() - started, as_json=as_json)
+
+    converse(target, talk)
+
+
+@click.command(
+    epilog="""\b
+EXAMPLES
+  stillframe load box before-upgrade
+  stillframe load box clean --devices root --vmstate root
+
+What the machine does now is lost. A flash device's content is part of the machine state: it is
+written back to its node, also where that node is not among the devices."""
+)
+@click.argument("words", nargs=-1, metavar="[NAME] TAG")
+@qmp_option
+@_devices_option
+@_vmstate_option
+@_JOB_ID
+@_JSON
+def load(
+    words: tuple[str, ...],
+    address: str | None,
+    devices: str,
+    vmstate: str | None,
+    job_id: str | None,
+    as_json: bool,
+) -> None:
+    """Bring a snapshot back: the machine goes on from there."""
+    target, tag = split_words(words, address, "TAG")
+
+    async def talk(client: Client) -> None:
+        selection = await select_with_tag(client, tag, _names(devices), vmstate, needs_state=True)
+        _tell_selection(selection, quiet=as_json)
+        started = time.monotonic()
+        with progress_bar(f"Loading {tag}", shown=not as_json) as listener:
+            job = await client.load(
+                tag,
+                vmstate=selection.vmstate or selection.devices[0],
+                devices=selection.devices,
+                job_id=job_id,
+                progress=listener,
+            )
+        _tell_end(f"Loaded '{tag}'", selection, job, time.monotonic() - started, as_json=as_json)
+
+    converse(target, talk)
+
+
+@click.command(
+    epilog="""\b
+EXAMPLES
+  stillframe delete box before-upgrade
+  stillframe delete box clean --devices root"""
+)
+@click.argument("words", nargs=-1, metavar="[NAME] TAG")
+@qmp_option
+@_devices_option
+@_JOB_ID
+@_JSON
+def delete(
+    words: tuple[str, ...], address: str | None, devices: str, job_id: str | None, as_json: bool
+) -> None:
+    """Delete a snapshot; its space is given back."""
+    target, tag = split_words(words, address, "TAG")
+
+    async def talk(client: Client) -> None:
+        selection = await select_with_tag(client, tag, _names(devices), None, needs_state=False)
+        _tell_selection(selection, quiet=as_json)
+        started = time.monotonic()
+        with progress_bar(f"Deleting {tag}", shown=not as_json) as listener:
+            job = await client.delete(tag, devices=selection.devices, job_id=job_id, progress=listener)
+        _tell_end(f"Deleted '{tag}'", selection, job, time.monotonic() - started, as_json=as_json)
+
+    converse(target, talk)
+
+
+@click.command(
+    "list",
+    epilog="""\b
+EXAMPLES
+  stillframe list box
+  stillframe list box --json
+  stillframe list --qmp tcp:127.0.0.1:4444""",
+)
+@click.argument("words", nargs=-1, metavar="[NAME]")
+@qmp_option
+@_JSON
+def list_snapshots(words: tuple[str, ...], address: str | None, as_json: bool) -> None:
+    """The snapshots of a machine, over all of its nodes."""
+    (target,) = split_words(words, address)
+
+    async def talk(client: Client) -> list[dict[str, Any]]:
+        return _by_tag(await client.execute("query-named-block-nodes", {"flat": True}))
+
+    found = converse(target, talk)
+    if as_json:
+        click.echo(json.dumps(found, indent=4))
+    elif not found:
+        click.echo("There is no snapshot.")
+    else:
+        rows = [
+            (
+                each["tag"],
+                ", ".join(node["node-name"] for node in each["nodes"]),
+                f"{format_size(each['vm-state-size'])} on {each['vmstate']}"
+                if each["vmstate"]
+                else "none: disks only",
+                format_date(each["date-sec"]),
+            )
+            for each in found
+        ]
+        click.echo(table(("TAG", "NODES", "STATE", "DATE"), rows))
+
+
+def _by_tag(nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry a tag, oldest first; `nodes` as `query-named-block-nodes` lists them, newest first."""
+    found: dict[str, dict[str, Any]] = {}
+    for node in reversed(nodes):
+        for snapshot in node.get("image", {}).get("snapshots", []):
+            entry = found.setdefault(
+                snapshot["name"],
+                {"tag": snapshot["name"], "vmstate": None, "vm-state-size": 0, "date-sec": 0, "nodes": []},
+            )
+            entry["nodes"].append({"node-name": node["node-name"], **snapshot})
+            entry["date-sec"] = max(entry["date-sec"], snapshot["date-sec"])
+            if snapshot["vm-state-size"]:
+                entry["vmstate"] = node["node-name"]
+                entry["vm-state-size"] = snapshot["vm-state-size"]
+    return sorted(found.values(), key=lambda entry: entry["date-sec"])

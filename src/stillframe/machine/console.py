@@ -1,0 +1,252 @@
+"""The other end of the guest's serial port: a terminal, a socket, a file, or a test.
+
+A console never stops the guest: output that nobody takes is dropped once a bounded buffer is full, and input that the guest does
+not take stays in a bounded buffer, behind which its source waits.
+"""
+
+import contextlib
+import os
+import select
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from stillframe.errors import AlreadyExists, InUse, io_failed
+
+_INPUT_LIMIT = 64 << 10
+_OUTPUT_LIMIT = 4 << 20
+_CHUNK = 64 << 10
+
+
+class Console:
+    """The base: drops output, and has the input that `feed` is given."""
+
+    def __init__(self) -> None:
+        self.on_input: Callable[[], None] = lambda: None
+        """Called from any thread when there is something to `take`."""
+        self._input = bytearray()
+        self._room = threading.Condition()
+        self._closed = False
+
+    def write(self, data: bytes) -> None:
+        """Characters from the guest; returns at once."""
+
+    def feed(self, data: bytes) -> None:
+        """Characters for the guest. Waits while the buffer is full, until the guest takes some or the console is closed."""
+        with self._room:
+            while len(self._input) >= _INPUT_LIMIT and not self._closed:
+                self._room.wait()
+            self._input += data
+        self.on_input()
+
+    def take(self, limit: int) -> bytes:
+        """At most `limit` characters of the input; never waits."""
+        with self._room:
+            taken = bytes(self._input[:limit])
+            del self._input[:limit]
+            self._room.notify_all()
+        return taken
+
+    def close(self) -> None:
+        """Give up threads and descriptors; twice is allowed."""
+        with self._room:
+            self._closed = True
+            self._room.notify_all()
+
+
+class MemoryConsole(Console):
+    """Keeps what the guest writes; for tests and programs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output = bytearray()
+        self._written = threading.Condition()
+
+    def write(self, data: bytes) -> None:
+        with self._written:
+            self.output += data
+            self._written.notify_all()
+
+    def wait_for(self, text: bytes, *, start: int = 0, timeout: float = 30.0) -> int:
+        """Wait until `text` stands in the output from `start` on; the position after it.
+
+        :raise TimeoutError: with the end of the output, when it does not come.
+        """
+
+        def position() -> int:
+            found = self.output.find(text, start)
+            return found + len(text) if found >= 0 else -1
+
+        with self._written:
+            if not self._written.wait_for(lambda: position() >= 0, timeout):
+                raise TimeoutError(f"{text!r} did not come; the output ends {bytes(self.output[-400:])!r}")
+            return position()
+
+
+class _ThreadedConsole(Console):
+    """Output through a thread of its own and a bounded buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._output = bytearray()
+        self._pending = threading.Condition()
+        self._writer = threading.Thread(target=self._write_loop, name="console-output", daemon=True)
+        self._writer.start()
+
+    def write(self, data: bytes) -> None:
+        with self._pending:
+            if len(self._output) < _OUTPUT_LIMIT:
+                self._output += data
+                self._pending.notify_all()
+
+    def _write_loop(self) -> None:
+        while True:
+            with self._pending:
+                while not self._output and not self._closed:
+                    self._pending.wait()
+                if not self._output:
+                    return
+                chunk = bytes(self._output[:_CHUNK])
+                del self._output[:_CHUNK]
+            self._put(chunk)
+
+    def _put(self, data: bytes) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        super().close()
+        with self._pending:
+            self._pending.notify_all()
+        self._writer.join(1.0)
+
+
+class LogConsole(_ThreadedConsole):
+    """Appends to a file; no input. :raise IOFailed: the file cannot be opened."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise io_failed(f"Could not open the console's log '{path}'", error) from error
+        super().__init__()
+
+    def _put(self, data: bytes) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._file.write(data)
+
+    def close(self) -> None:
+        super().close()
+        self._file.close()
+
+
+class StdioConsole(_ThreadedConsole):
+    """The process's standard input and output. :param descriptors: input and output."""
+
+    def __init__(self, descriptors: tuple[int, int] = (0, 1)) -> None:
+        self._in, self._out = descriptors
+        self._wake_read, self._wake_write = os.pipe()
+        super().__init__()
+        self._reader = threading.Thread(target=self._read_loop, name="console-input", daemon=True)
+        self._reader.start()
+
+    def _put(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest and not self._closed:
+            _, writable, _ = select.select([], [self._out], [], 0.5)
+            if writable:
+                try:
+                    rest = rest[os.write(self._out, rest[:512]) :]
+                except OSError:
+                    return
+
+    def _read_loop(self) -> None:
+        while not self._closed:
+            readable, _, _ = select.select([self._in, self._wake_read], [], [])
+            if self._wake_read in readable:
+                return
+            try:
+                data = os.read(self._in, 4096)
+            except OSError:
+                return
+            if not data:
+                return
+            self.feed(data)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        super().close()
+        os.write(self._wake_write, b"x")
+        self._reader.join(1.0)
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+
+class SocketConsole(_ThreadedConsole):
+    """A unix socket of mode 0600; one client at a time, the next one waits in line.
+
+    :raise AlreadyExists: the path is no socket. :raise InUse: somebody listens there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._client: socket.socket | None = None
+        self._server = _listen(path)
+        super().__init__()
+        self._acceptor = threading.Thread(target=self._serve, name="console-socket", daemon=True)
+        self._acceptor.start()
+
+    def _put(self, data: bytes) -> None:
+        client = self._client
+        if client is not None:
+            with contextlib.suppress(OSError):
+                client.sendall(data)
+
+    def _serve(self) -> None:
+        while not self._closed:
+            try:
+                client, _ = self._server.accept()
+            except OSError:
+                return
+            self._client = client
+            with client, contextlib.suppress(OSError):
+                while data := client.recv(4096):
+                    self.feed(data)
+            self._client = None
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        super().close()
+        for end in (self._client, self._server):
+            if end is not None:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        self._path.unlink(missing_ok=True)
+        self._acceptor.join(1.0)
+
+
+def _listen(path: Path) -> socket.socket:
+    if path.exists() or path.is_symlink():
+        if not path.is_socket():
+            raise AlreadyExists(f"'{path}' exists and is not a socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(path))
+            except OSError:
+                path.unlink(missing_ok=True)
+            else:
+                raise InUse(f"Somebody listens on '{path}' already")
+    server = socket.socket(socket.AF_UNIX)
+    former = os.umask(0o177)
+    try:
+        server.bind(str(path))
+    except OSError as error:
+        server.close()
+        raise io_failed(f"Could not open the console's socket '{path}'", error) from error
+    finally:
+        os.umask(former)
+    server.listen(1)
+    return server

@@ -1,0 +1,90 @@
+"""`snapshot-save`, `snapshot-load`, `snapshot-delete`: snapshots of the whole machine, as jobs.
+
+Each returns at once; whatever is refused or fails afterwards is the job's error. The jobs of a machine take
+turns in the order of their creation, stay `concluded` until `job-dismiss`, and report their progress in
+bytes.
+"""
+
+from stillframe.jobs import JobContext
+from stillframe.monitor.host import Host
+from stillframe.monitor.schema import Structure, command
+
+
+class SaveArguments(Structure):
+    """What to save where.
+
+    :param job_id: the id of the job to make.
+    :param tag: the snapshot's name, at most 255 bytes.
+    :param vmstate: the node-name of the device that gets the machine state; one of `devices`.
+    :param devices: the node-names of all devices to snapshot.
+    """
+
+    job_id: str
+    tag: str
+    vmstate: str
+    devices: list[str]
+
+
+class LoadArguments(Structure):
+    """What to load from where.
+
+    :param job_id: the id of the job to make.
+    :param tag: the snapshot's name.
+    :param vmstate: the node-name of the device that holds the machine state; one of `devices`.
+    :param devices: the node-names of all devices to bring back to the snapshot.
+    """
+
+    job_id: str
+    tag: str
+    vmstate: str
+    devices: list[str]
+
+
+class DeleteArguments(Structure):
+    """What to delete where.
+
+    :param job_id: the id of the job to make.
+    :param tag: the snapshot's name.
+    :param devices: the node-names of all devices to delete it from; one that has none is passed over.
+    """
+
+    job_id: str
+    tag: str
+    devices: list[str]
+
+
+@command("snapshot-save")
+def snapshot_save(host: Host, arguments: SaveArguments) -> None:
+    """Save the machine: memory and devices into one node, the disks each into its own, all of them or none.
+
+    For a consistent snapshot list every node that the guest writes to. The guest may stand still meanwhile.
+    """
+
+    def body(context: JobContext) -> None:
+        host.snapshots.save(context, arguments.tag, arguments.vmstate, arguments.devices)
+
+    host.jobs.create(arguments.job_id, "snapshot-save", body, queue=host.snapshots.queue)
+
+
+@command("snapshot-load")
+def snapshot_load(host: Host, arguments: LoadArguments) -> None:
+    """Bring the machine and the listed devices back to a snapshot.
+
+    The state is checked before the guest stops; after any failure the guest is as it was.
+    """
+
+    def body(context: JobContext) -> None:
+        host.snapshots.load(context, arguments.tag, arguments.vmstate, arguments.devices)
+
+    host.jobs.create(arguments.job_id, "snapshot-load", body, queue=host.snapshots.queue)
+
+
+@command("snapshot-delete")
+def snapshot_delete(host: Host, arguments: DeleteArguments) -> None:
+    """Delete a snapshot from the listed devices, from all that have it or from none. The guest does not
+    notice."""
+
+    def body(context: JobContext) -> None:
+        host.snapshots.delete(context, arguments.tag, arguments.devices)
+
+    host.jobs.create(arguments.job_id, "snapshot-delete", body, queue=host.snapshots.queue)

@@ -1,0 +1,51 @@
+"""What a monitor serves: a machine, its nodes, its jobs; what every command's function is given."""
+
+import threading
+from dataclasses import dataclass, field
+
+from stillframe.block.graph import BlockGraph
+from stillframe.events import EventBus
+from stillframe.jobs import Jobs
+from stillframe.machine.machine import Machine
+from stillframe.snapshots.machine_snapshots import MachineSnapshots
+
+
+@dataclass(slots=True, eq=False)
+class Host:
+    """One of a process.
+
+    :ivar snapshots: the machine's; what changes them runs on its queue, as a job or inside
+        `Jobs.run_internal`.
+    """
+
+    machine: Machine
+    graph: BlockGraph
+    jobs: Jobs
+    events: EventBus
+    snapshots: MachineSnapshots = field(init=False)
+    _over: threading.Event = field(default_factory=threading.Event, init=False)
+
+    def __post_init__(self) -> None:
+        self.snapshots = MachineSnapshots(self.machine, self.graph)
+
+    @property
+    def name(self) -> str | None:
+        """As the user calls the machine."""
+        return self.machine.name
+
+    @property
+    def over(self) -> bool:
+        """Whether `end` was called: monitors send what they have to say and close."""
+        return self._over.is_set()
+
+    def end(self, reason: str = "host-qmp-quit") -> None:
+        """End the machine and its jobs, in the order in which QEMU tells it: SHUTDOWN, then the jobs, newest
+        first.
+
+        Waits for every job to undo its work, or to finish what cannot be undone. A second call waits as well.
+
+        :param reason: as the SHUTDOWN event says it.
+        """
+        self.machine.quit(reason)
+        self.jobs.cancel_all_and_wait()
+        self._over.set()

@@ -1,0 +1,193 @@
+"""One client of a monitor: greeting, negotiation, then commands one at a time, with events in between.
+
+Until a command is answered nothing more is read, and nothing is read either while what was answered has not
+been taken: a client that does not read its replies stops itself. Events cannot wait like that; a client with
+too much of them unread loses its connection.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from enum import Enum
+from typing import Any, Final
+
+import msgspec
+
+from stillframe import __version__
+from stillframe.errors import CommandNotFound, InvalidRequest, StillframeError
+from stillframe.events import Event
+from stillframe.monitor import wire
+from stillframe.monitor.host import Host
+from stillframe.monitor.schema import COMMANDS, Command, Structure
+from stillframe.monitor.streams import Stream
+from stillframe.monitor.tokens import JSONError
+from stillframe.monitor.visitor import check_arguments
+
+_log = logging.getLogger(__name__)
+
+MAX_UNSENT_BYTES: Final = 8 << 20
+_BREATH_MESSAGES: Final = 16
+
+Runner = Callable[[Callable[[], Any]], Awaitable[Any]]
+"""Runs a function on a thread that may block, and waits for it."""
+
+
+class QMPCapability(Enum):
+    """What a client can have switched on; `oob` is known and not offered."""
+
+    OOB = "oob"
+
+
+class VersionTriple(Structure):
+    """:param major: :param minor: :param micro: the version of QEMU whose words are spoken."""
+
+    major: int
+    minor: int
+    micro: int
+
+
+class VersionInfo(Structure):
+    """A program's version.
+
+    :param qemu: the version of QEMU whose words are spoken; clients key their behaviour on it.
+    :param package: who really speaks: "stillframe-" and its version.
+    """
+
+    qemu: VersionTriple
+    package: str
+
+
+VERSION: Final = VersionInfo(VersionTriple(10, 0, 13), f"stillframe-{__version__}")
+
+
+def event_message(event: Event) -> bytes:
+    """An event as it goes over the wire."""
+    seconds, rest = divmod(event.time_ns, 1_000_000_000)
+    message: dict[str, Any] = {
+        "timestamp": {"seconds": seconds, "microseconds": rest // 1000},
+        "event": event.name,
+    }
+    if event.data:
+        message["data"] = msgspec.to_builtins(dict(event.data))
+    return wire.encode(message)
+
+
+class Session:
+    """See the module's text. Lives on the control plane's loop.
+
+    :param run_blocking: where commands are run.
+    """
+
+    def __init__(self, host: Host, stream: Stream, run_blocking: Runner, who: str) -> None:
+        self._host = host
+        self._stream = stream
+        self._run_blocking = run_blocking
+        self._who = who
+        self._negotiated = False
+
+    async def run(self) -> None:
+        """Serve the client until it goes, or the machine ends."""
+        greeting = {"QMP": {"version": msgspec.to_builtins(VERSION), "capabilities": []}}
+        self._stream.write(wire.encode(greeting))
+        decoder = wire.Decoder()
+        answered = 0
+        while data := await self._stream.read():
+            for message in decoder.feed(data):
+                reply = await self._answer(message)
+                self._stream.write(wire.encode(reply))
+                await self._stream.drain()
+                if self._host.over:
+                    return
+                answered += 1
+                if answered % _BREATH_MESSAGES == 0:
+                    # A flood of one client's must not keep the others waiting.
+                    await asyncio.sleep(0)
+
+    async def finish(self, seconds: float) -> None:
+        """Close once everything was taken, or `seconds` have passed."""
+        try:
+            await asyncio.wait_for(self._stream.flush(), seconds)
+        except TimeoutError:
+            _log.warning("%s did not take its last messages", self._who)
+        self._stream.close()
+
+    def tell(self, message: bytes) -> None:
+        """Send an event, as `event_message` made it, if the client is ready for events."""
+        if not self._negotiated:
+            return
+        if self._stream.unsent > MAX_UNSENT_BYTES:
+            _log.warning("%s does not read its events: connection closed", self._who)
+            self._stream.close()
+            return
+        self._stream.write(message)
+
+    # Commands
+
+    async def _answer(self, message: Any) -> dict[str, Any]:
+        identity = {"id": message["id"]} if isinstance(message, dict) and "id" in message else {}
+        try:
+            return {"return": await self._execute(message), **identity}
+        except StillframeError as error:
+            refusal = {"class": error.qmp_class, "desc": str(error)}
+        except Exception as error:
+            _log.exception("a command failed in a way that nobody foresaw")
+            refusal = {"class": "GenericError", "desc": f"{type(error).__name__}: {error}"}
+        return {"error": refusal, **identity}
+
+    async def _execute(self, message: Any) -> Any:
+        if isinstance(message, JSONError):
+            raise message
+        name, arguments = _request(message)
+        command = self._find(name)
+        given = check_arguments(command.arguments, arguments) if command.checked else arguments
+        first = self if command.of_session else self._host
+        parameters = (first, given) if command.takes_arguments else (first,)
+        if command.of_session:
+            return _builtins(command.function(*parameters))
+        return await self._run_blocking(lambda: _builtins(command.function(*parameters)))
+
+    def _find(self, name: str) -> Command:
+        command = COMMANDS.get(name)
+        if not self._negotiated and name != "qmp_capabilities":
+            raise CommandNotFound("Expecting capabilities negotiation with 'qmp_capabilities'")
+        if command is None:
+            raise CommandNotFound(f"The command {name} has not been found")
+        return command
+
+    def negotiate(self, wanted: list[QMPCapability]) -> None:
+        """The client has chosen: from now on it may give commands, and hears of events.
+
+        :raise CommandNotFound: it has chosen before. :raise InvalidRequest: what it wants was not offered.
+        """
+        if self._negotiated:
+            raise CommandNotFound("Capabilities negotiation is already complete, command ignored")
+        if wanted:
+            raise InvalidRequest(f"Capability {wanted[0].value} not available")
+        self._negotiated = True
+
+
+def _builtins(result: Any) -> Any:
+    return {} if result is None else msgspec.to_builtins(result)
+
+
+def _request(message: Any) -> tuple[str, Mapping[str, Any]]:
+    """A command's name and arguments.
+
+    :raise InvalidRequest: the message is not a request; members are looked at in the order of QEMU's
+        dictionary.
+    """
+    if not isinstance(message, dict):
+        raise InvalidRequest("QMP input must be a JSON object")
+    for name in wire.members_in_order(message):
+        value = message[name]
+        if name == "execute":
+            if not isinstance(value, str):
+                raise InvalidRequest("QMP input member 'execute' must be a string")
+        elif name == "arguments":
+            if not isinstance(value, dict):
+                raise InvalidRequest("QMP input member 'arguments' must be an object")
+        elif name != "id":
+            raise InvalidRequest(f"QMP input member '{name}' is unexpected")
+    if "execute" not in message:
+        raise InvalidRequest("QMP input lacks member 'execute'")
+    return message["execute"], message.get("arguments", {})

@@ -1,0 +1,49 @@
+"""What a snapshot operation is given by whoever runs it: a job's context, or one that nobody watches."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from stillframe.errors import StillframeError
+
+
+class Context(Protocol):
+    """As `jobs.JobContext`, as far as a snapshot operation needs it."""
+
+    def progress(self, done: int, total: int) -> None:
+        """How far the work is: bytes, and one unit for the commit, so that only what is committed is
+        complete."""
+        ...
+
+    def checkpoint(self) -> None:
+        """Stand still here during a pause. :raise Cancelled: somebody asked to cancel."""
+        ...
+
+    def point_of_no_return(self) -> None:
+        """The last checkpoint: what follows is done to its end. :raise Cancelled: somebody asked before."""
+        ...
+
+
+class Unwatched:
+    """The context of an operation that nobody follows, pauses or cancels."""
+
+    def progress(self, done: int, total: int) -> None:
+        """Nobody looks."""
+
+    def checkpoint(self) -> None:
+        """Nobody pauses or cancels."""
+
+    def point_of_no_return(self) -> None:
+        """Nobody cancels."""
+
+
+@contextmanager
+def told(prefix: str) -> Iterator[None]:
+    """Errors of the block get `prefix` and a colon before their own words, as QEMU does; their class
+    stays."""
+    try:
+        yield
+    except StillframeError as error:
+        error.message = f"{prefix}: {error.message}"
+        error.args = (error.message,)
+        raise

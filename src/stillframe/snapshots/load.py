@@ -1,0 +1,168 @@
+"""Loading: the machine becomes what a snapshot shows, or stays what it is.
+
+    1  the whole stream is read while the guest runs: sections, versions, fields and sizes are checked
+       against this machine, and the memory is gathered beside the guest's
+    2  pause; the undo point: the devices' present state
+    3  every image is prepared; then the switches to the snapshot's disks, the state node's last
+    4  memory is exchanged, devices take their state over
+    5  what only the old disks used is given back; resume
+
+A failure or a cancel in 1 leaves the guest running as it was; it never stopped. After one in 2 to 4 the
+images are rolled back, the memory is exchanged back, the devices get the state of the undo point, and the
+guest goes on.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from uuid import UUID
+
+from stillframe.errors import Corrupt, StateMismatch, StillframeError
+from stillframe.machine.devices import Device
+from stillframe.machine.machine import Machine
+from stillframe.machine.run_state import RunState
+from stillframe.snapshots.context import Context, told
+from stillframe.snapshots.group import Step, all_or_none
+from stillframe.snapshots.selection import Found, LoadSelection
+from stillframe.snapshots.staging import StagedMemory, refuse_without_room
+from stillframe.vmstate.fields import Description, Values
+from stillframe.vmstate.sections import GLOBAL_STATE, GLOBAL_STATE_KEY, SectionKey
+from stillframe.vmstate.stream import Survey, survey
+from stillframe.vmstate.transfer import StateSource
+
+FAILING = "Error -22 while loading VM state"
+"""QEMU's words up to 10.1, and its prefix of the reason since."""
+
+
+def load(machine: Machine, selection: LoadSelection, context: Context) -> UUID | None:
+    """Bring the machine and the listed nodes to the snapshot; a guest that ran goes on from there.
+
+    :return: the UUID of the snapshot that the machine stands on now; None for one that stillframe did not
+        make.
+    :raise StateMismatch: the state does not fit this machine: device, section and field are named.
+    :raise Corrupt: the state is damaged. :raise Cancelled: in time. :raise Failed: storage.
+        After each of these the guest is as it was.
+    """
+    state = selection.state.snapshot
+    total = state.state_size + 1
+    context.progress(0, total)
+    refuse_without_room(min(state.state_size, sum(block.size for block in machine.memory)))
+    staged = StagedMemory(machine.memory)
+    with _explained():
+        found = _survey(machine, selection.state, staged, context, total)
+        values = _checked(machine, found)
+    context.checkpoint()
+    with machine.hold(RunState.RESTORE_VM):
+        if machine.run_state.needs_reset:
+            machine.set_run_state(RunState.PAUSED)
+        with _undo_point(machine, staged) as exchange:
+            with all_or_none(_reverts(selection), before_commit=context.point_of_no_return):
+                exchange()
+                with _explained():
+                    for device in machine.devices:
+                        device.load_state(values[_key(device)])
+        machine.new_generation_id()
+    context.progress(total, total)
+    return state.lineage.snapshot if state.lineage else None
+
+
+@contextmanager
+def _undo_point(machine: Machine, staged: StagedMemory) -> Iterator[Callable[[], None]]:
+    """Held: memory and devices as they are now, put back if the block raises, after it has put the disks
+    back.
+
+    :return: what exchanges the memory.
+    """
+    undo = [(device, device.save_state()) for device in machine.devices]
+    exchanged = False
+
+    def exchange() -> None:
+        nonlocal exchanged
+        exchanged = True
+        staged.exchange()
+
+    try:
+        yield exchange
+    except BaseException as error:
+        if exchanged:
+            staged.exchange()
+            for device, values in undo:
+                _put_back(device, values, error)
+        raise
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """QEMU's words before what is wrong with a state; cancellations and storage have words of their own."""
+    try:
+        yield
+    except (StateMismatch, Corrupt):
+        with told(FAILING):
+            raise
+
+
+def _survey(machine: Machine, found: Found, staged: StagedMemory, context: Context, total: int) -> Survey:
+    store, snapshot = found.node.store, found.snapshot
+    known: dict[SectionKey, Description] = {_key(device): device.description for device in machine.devices}
+    known[GLOBAL_STATE_KEY] = GLOBAL_STATE
+
+    def on_read(offset: int) -> None:
+        context.progress(offset, total)
+        context.checkpoint()
+
+    source = StateSource(
+        lambda offset, length: store.read_state(snapshot, offset, length),
+        snapshot.state_size,
+        on_read=on_read,
+    )
+    return survey(source, machine.board.name, known, staged)
+
+
+def _checked(machine: Machine, found: Survey) -> Mapping[SectionKey, Values]:
+    """Each device's values, that it can take. :raise StateMismatch: a section is missing, a device
+    refuses."""
+    if found.blocks is None and machine.memory.blocks:
+        raise StateMismatch("The machine state has no section 'ram'", section="ram")
+    values: dict[SectionKey, Values] = {}
+    for device in machine.devices:
+        section = found.sections.get(_key(device))
+        if section is None:
+            raise StateMismatch(
+                f"The machine state has no section '{device.section_name}' {device.instance_id}, which this "
+                "machine has",
+                section=device.section_name,
+                remedy="Start the machine with the devices that it had when it was saved.",
+            )
+        device.check_state(section.values)
+        values[_key(device)] = section.values
+    return values
+
+
+def _reverts(selection: LoadSelection) -> list[Step]:
+    """The state node's switch comes last, as in a save."""
+    in_order = [found for found in selection.all if found.node is not selection.state.node]
+    in_order += [found for found in selection.all if found.node is selection.state.node]
+    return [_revert(found) for found in in_order]
+
+
+def _revert(found: Found) -> Step:
+    node, snapshot = found.node, found.snapshot
+    return Step(
+        node.name,
+        lambda: node.store.prepare_revert(snapshot),
+        f"Could not load snapshot '{snapshot.name}' on '{node.name}'",
+    )
+
+
+def _put_back(device: Device, values: Values, error: BaseException) -> None:
+    try:
+        device.load_state(values)
+    except Exception as further:
+        text = f"Device '{device.section_name}' could not be brought back to what it was: {further}"
+        if isinstance(error, StillframeError):
+            error.left = f"{error.left}; {text}" if error.left else text
+        else:
+            error.add_note(text)
+
+
+def _key(device: Device) -> SectionKey:
+    return device.section_name, device.instance_id

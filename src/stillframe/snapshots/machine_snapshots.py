@@ -1,0 +1,135 @@
+"""The snapshots of one machine: what QMP's jobs and the human commands both call.
+
+Each operation refuses first, then does its work, as the module of its name says. Operations of a machine take
+turns: their callers run them on `queue`, in order of arrival. While one is at work its nodes cannot be
+removed from the graph.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from uuid import UUID
+
+from stillframe.block.graph import BlockGraph
+from stillframe.block.node import SnapshotInfo
+from stillframe.errors import NotFound
+from stillframe.jobs import JobQueue
+from stillframe.machine.machine import Machine
+from stillframe.snapshots import all_nodes, internal, selection
+from stillframe.snapshots.context import Context, told
+from stillframe.snapshots.delete import delete
+from stillframe.snapshots.load import load
+from stillframe.snapshots.save import save
+from stillframe.snapshots.selection import Found, LoadSelection, SaveSelection, SnapshotNode
+
+
+class MachineSnapshots:
+    """Every method may block and is called from a data-plane thread.
+
+    :ivar queue: the turns of the jobs that call these methods.
+    :ivar standing_on: the UUID of the snapshot that the machine was last saved to or loaded from; None
+        before, and after a load of one that stillframe did not make.
+    """
+
+    def __init__(self, machine: Machine, graph: BlockGraph) -> None:
+        self._machine = machine
+        self._graph = graph
+        self.queue = JobQueue()
+        self.standing_on: UUID | None = None
+
+    # With a list of nodes: snapshot-save, snapshot-load, snapshot-delete.
+
+    def save(self, context: Context, tag: str, vmstate: str, devices: Sequence[str]) -> None:
+        """Snapshot the machine onto these nodes.
+
+        :param vmstate: which of them gets the machine state. :raise Refused: nothing was touched.
+        :raise Failed: nothing is left behind. :raise Cancelled: nothing is left behind.
+        """
+        chosen = selection.for_save(selection.listed(self._graph, devices), tag, vmstate)
+        self._save(context, chosen)
+
+    def load(self, context: Context, tag: str, vmstate: str, devices: Sequence[str]) -> None:
+        """Bring the machine and these nodes back to a snapshot; after an error the guest is as it was.
+
+        :raise Refused: :raise Corrupt: :raise Failed: :raise Cancelled:
+        """
+        chosen = selection.for_load(selection.listed(self._graph, devices), tag, vmstate)
+        self._load(context, chosen)
+
+    def delete(self, context: Context, tag: str, devices: Sequence[str]) -> None:
+        """Delete the snapshot of that name wherever these nodes have it; nowhere is fine, too.
+
+        :raise Refused: :raise Failed: :raise Cancelled: nothing has changed.
+        """
+        self._delete(context, selection.for_delete(selection.listed(self._graph, devices), tag))
+
+    # Without one: savevm, loadvm, delvm, info snapshots.
+
+    def save_everything(self, context: Context, tag: str | None) -> str:
+        """`savevm`: snapshot all nodes that the guest or the user uses. An older one of that name is
+        replaced, once the new one is safe (savevm-replaces-last).
+
+        :param tag: None for a name made of the local time. :return: the name.
+        """
+        name = f"vm-{datetime.now():%Y%m%d%H%M%S}" if tag is None else tag
+        nodes = all_nodes.included(self._graph)
+        chosen = selection.for_save(nodes, name, None, replace=True)
+        older = selection.for_delete(nodes, name)
+        self._save(context, chosen)
+        with told(f"Snapshot '{name}' was saved, and the older one of that name is still there"):
+            self._delete(context, older)
+        return name
+
+    def load_everything(self, context: Context, tag: str) -> None:
+        """`loadvm`: as `load`, on all nodes."""
+        nodes = all_nodes.included(self._graph)
+        if not nodes:
+            raise NotFound("no block device can store vmstate for snapshot")
+        self._load(context, selection.for_load(nodes, tag, None))
+
+    def delete_everywhere(self, context: Context, tag: str) -> None:
+        """`delvm`: as `delete`, on all nodes."""
+        self._delete(context, selection.for_delete(all_nodes.included(self._graph), tag))
+
+    def listing(self) -> all_nodes.Listing:
+        """`info snapshots`."""
+        return all_nodes.listing(self._graph)
+
+    # One disk alone.
+
+    def create_internal(self, device: str, name: str) -> None:
+        """`blockdev-snapshot-internal-sync`. :param device: of the guest, or a node-name."""
+        node = self._graph.find(self._node_name(device))
+        with self._graph.hold(node, "blockdev-snapshot-internal-sync"):
+            internal.create(self._machine, self._graph, node, name)
+
+    def delete_internal(self, device: str, *, id: str | None, name: str | None) -> SnapshotInfo:
+        """`blockdev-snapshot-delete-internal-sync`. :return: what was deleted."""
+        node = self._graph.find(self._node_name(device))
+        with self._graph.hold(node, "blockdev-snapshot-delete-internal-sync"):
+            return internal.delete(self._graph, node, id=id, name=name)
+
+    def _node_name(self, device: str) -> str:
+        names = {disk.device_id: disk.node_name for disk in self._machine.disks}
+        return names.get(device, device)
+
+    # Within.
+
+    @contextmanager
+    def _held(self, nodes: Sequence[SnapshotNode], doing: str) -> Iterator[None]:
+        with ExitStack() as stack:
+            for node in nodes:
+                stack.enter_context(self._graph.hold(node.node, doing))
+            yield
+
+    def _save(self, context: Context, chosen: SaveSelection) -> None:
+        with self._held(chosen.nodes, "snapshot-save"):
+            self.standing_on = save(self._machine, chosen, context, parent=self.standing_on)
+
+    def _load(self, context: Context, chosen: LoadSelection) -> None:
+        with self._held([found.node for found in chosen.all], "snapshot-load"):
+            self.standing_on = load(self._machine, chosen, context)
+
+    def _delete(self, context: Context, found: Sequence[Found]) -> None:
+        with self._held([each.node for each in found], "snapshot-delete"):
+            delete(found, context)

@@ -1,0 +1,319 @@
+"""The RAM section: page records, written and read in bulk.
+
+    block list   u64 total | MEM_SIZE, then u8 n, name[n], u64 length for each block; they sum to total
+    zero page    u64 offset | ZERO    name?  u8 0             9 bytes with CONTINUE
+    page         u64 offset | PAGE    name?  page[4096]       4104 bytes with CONTINUE
+    end          u64 EOS                                      ends the payload of START, PART and END
+
+`name` is u8 n, name[n]; with CONTINUE it is missing, and the record belongs to the block of the record
+before, also across PARTs. The block list stands in START. Where a page has several records the last one
+counts. A page without a record reads as zeroes.
+
+Runs of records of one kind lie at a fixed stride: they are built, and taken apart, as numpy arrays over the
+stream's own bytes. So that there are long runs whatever the memory holds, the zero pages of each mebibyte
+follow its other pages.
+"""
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from stillframe.vmstate.transfer import StateSink, StateSource
+
+PAGE_SIZE = 4096
+
+ZERO = 0x02
+MEM_SIZE = 0x04
+PAGE = 0x08
+EOS = 0x10
+CONTINUE = 0x20
+MULTIFD_FLUSH = 0x200
+FLAGS = PAGE_SIZE - 1
+
+ZERO_RECORD = 9
+PAGE_RECORD = 8 + PAGE_SIZE
+BATCH = 256
+"""Pages of one step of the writer: a mebibyte."""
+
+_OTHER_RECORDS = {0x40: "XBZRLE", 0x80: "RDMA", 0x100: "compressed page"}
+_MAXIMUM_BLOCKS = 256
+_MAXIMUM_MEMORY = 1 << 56
+
+Addresses = npt.NDArray[np.int64]
+Pages = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class RamBlock:
+    """A block of memory as the stream lists it. :param length: bytes, whole pages."""
+
+    name: str
+    length: int
+
+
+class PageVisitor(Protocol):
+    """Told of every page record in the order of the stream, in batches. It may refuse the blocks before any
+    page comes."""
+
+    def blocks(self, blocks: Sequence[RamBlock]) -> None:
+        """The block list. :raise StateMismatch: this machine's memory is another."""
+        ...
+
+    def pages(self, block: RamBlock, addresses: Addresses, pages: Pages, offset: int) -> None:
+        """Records of pages.
+
+        :param addresses: int64 (n,), in the block, possibly with repetitions: the last one counts.
+        :param pages: uint8 (n, 4096), a view that is valid during the call.
+        :param offset: of the first record's page in the stream; the others follow at a stride of
+            `PAGE_RECORD`.
+        """
+        ...
+
+    def zeroes(self, block: RamBlock, addresses: Addresses) -> None:
+        """Records of zero pages; `addresses` as above."""
+        ...
+
+
+class PageMap:
+    """A visitor that remembers where each record's page lies; memory in proportion to the records, not to
+    what they claim."""
+
+    ZERO = -1
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[tuple[Addresses, Addresses]]] = {}
+
+    def blocks(self, blocks: Sequence[RamBlock]) -> None:
+        self._found = {block.name: [] for block in blocks}
+
+    def pages(self, block: RamBlock, addresses: Addresses, pages: Pages, offset: int) -> None:
+        offsets = offset + PAGE_RECORD * np.arange(len(addresses), dtype=np.int64)
+        self._found[block.name].append((addresses.copy(), offsets))
+
+    def zeroes(self, block: RamBlock, addresses: Addresses) -> None:
+        self._found[block.name].append((addresses.copy(), np.full(len(addresses), self.ZERO, np.int64)))
+
+    def latest(self, block: str) -> tuple[Addresses, Addresses]:
+        """The addresses that have a record, ascending, and for each the stream offset of its last page, or
+        `ZERO`."""
+        parts = self._found[block]
+        if not parts:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        addresses = np.concatenate([part[0] for part in parts])
+        offsets = np.concatenate([part[1] for part in parts])
+        latest_first, where = np.unique(addresses[::-1], return_index=True)
+        return latest_first, offsets[::-1][where]
+
+
+class RamWriter:
+    """Writes the payloads of one RAM section.
+
+    :param sink: where the stream goes; the caller writes section heads and footers.
+    """
+
+    def __init__(self, sink: StateSink) -> None:
+        self._sink = sink
+
+    def block_list(self, blocks: Sequence[RamBlock]) -> None:
+        """The payload of START, but for the end record."""
+        self._sink.write(struct.pack(">Q", sum(block.length for block in blocks) | MEM_SIZE))
+        for block in blocks:
+            self._sink.write(_name(block) + struct.pack(">Q", block.length))
+
+    def pages(self, block: RamBlock, memory: memoryview, wrote: Callable[[int], None]) -> None:
+        """Records of a whole block, for the payload of a PART.
+
+        :param memory: the block's bytes.
+        :param wrote: called after each batch with the bytes of memory it covered; raises to end the writing.
+        """
+        if block.length == 0:
+            return
+        whole = np.frombuffer(memory, np.uint8).reshape(-1, PAGE_SIZE)
+        first = True
+        for start in range(0, len(whole), BATCH):
+            batch = whole[start : start + BATCH]
+            addresses = (start + np.arange(len(batch), dtype=np.int64)) * PAGE_SIZE
+            filled = np.bitwise_or.reduce(batch.view(np.uint64), axis=1) != 0
+            if first:
+                self._named(block, batch[0], zero=not filled[0])
+                batch, addresses, filled = batch[1:], addresses[1:], filled[1:]
+                first = False
+            if filled.all():
+                self._data_run(addresses, batch)
+            else:
+                self._data_run(addresses[filled], batch[filled])
+                self._zero_run(addresses[~filled])
+            wrote((min(start + BATCH, len(whole)) - start) * PAGE_SIZE)
+
+    def end(self) -> None:
+        """The end record of a START, PART or END."""
+        self._sink.write(struct.pack(">Q", EOS))
+
+    def _named(self, block: RamBlock, page: Pages, *, zero: bool) -> None:
+        """The record of a block's first page, which names the block."""
+        self._sink.write(struct.pack(">Q", ZERO if zero else PAGE) + _name(block))
+        self._sink.write(b"\0" if zero else page.tobytes())
+
+    def _data_run(self, addresses: Addresses, pages: Pages) -> None:
+        count = len(addresses)
+        if count:
+            records = np.frombuffer(self._sink.room(count * PAGE_RECORD), np.uint8).reshape(
+                count, PAGE_RECORD
+            )
+            records[:, :8] = _words(addresses | (PAGE | CONTINUE))
+            records[:, 8:] = pages
+
+    def _zero_run(self, addresses: Addresses) -> None:
+        count = len(addresses)
+        if count:
+            records = np.frombuffer(self._sink.room(count * ZERO_RECORD), np.uint8).reshape(
+                count, ZERO_RECORD
+            )
+            records[:, :8] = _words(addresses | (ZERO | CONTINUE))
+            records[:, 8] = 0
+
+
+class RamReader:
+    """Reads the payloads of one RAM section and tells the visitor of what they hold."""
+
+    def __init__(self, source: StateSource, visitor: PageVisitor) -> None:
+        self._source = source
+        self._visitor = visitor
+        self._blocks: dict[str, RamBlock] = {}
+        self._listed = False
+        self._block: RamBlock | None = None
+
+    @property
+    def block_list(self) -> tuple[RamBlock, ...]:
+        """The blocks, once START has been read."""
+        return tuple(self._blocks.values())
+
+    def payload(self) -> None:
+        """One payload, to its end record.
+
+        :raise StreamCorrupt: it holds what it must not. :raise StateMismatch: the visitor refused the blocks.
+        """
+        source = self._source
+        while True:
+            word = source.u64()
+            flags = word & FLAGS
+            kind = flags & ~CONTINUE
+            if kind in (PAGE, ZERO):
+                self._record(word, flags)
+            elif flags == EOS:
+                return
+            elif flags == MEM_SIZE:
+                self._read_block_list(word & ~FLAGS)
+            elif flags != MULTIFD_FLUSH:
+                raise self._unknown(flags)
+
+    def _unknown(self, flags: int) -> Exception:
+        for flag, what in _OTHER_RECORDS.items():
+            if flags & flag:
+                return self._source.corrupt(f"A {what} record, which savevm does not write")
+        return self._source.corrupt(f"Unknown combination of migration flags: {flags:#x}")
+
+    def _read_block_list(self, total: int) -> None:
+        source = self._source
+        if self._listed:
+            raise source.corrupt("A second list of memory blocks")
+        self._listed = True
+        if total > _MAXIMUM_MEMORY:
+            raise source.corrupt(f"{total} bytes of memory")
+        while total:
+            name = source.text(source.u8(), "a memory block")
+            length = source.u64()
+            if length == 0 or length % PAGE_SIZE or length > total:
+                raise source.corrupt(f"Memory block '{name}' has {length} bytes of the remaining {total}")
+            if name in self._blocks or len(self._blocks) == _MAXIMUM_BLOCKS:
+                raise source.corrupt(f"One memory block too many: '{name}'")
+            self._blocks[name] = RamBlock(name, length)
+            total -= length
+        self._visitor.blocks(self.block_list)
+
+    def _record(self, word: int, flags: int) -> None:
+        """One record whose word has been read, and with it all that follow it regularly."""
+        source = self._source
+        if not flags & CONTINUE:
+            name = source.text(source.u8(), "a memory block")
+            self._block = self._blocks.get(name)
+            if self._block is None:
+                raise source.corrupt(f"Unknown memory block '{name}'")
+        block = self._block
+        if block is None:
+            raise source.corrupt("A page before any memory block was named")
+        address = word & ~FLAGS
+        if address >= block.length:
+            raise source.corrupt(f"Page {address:#x} is beyond the end of memory block '{block.name}'")
+        addresses = np.array([address], np.int64)
+        if flags & PAGE:
+            offset = source.offset
+            page = np.frombuffer(source.take(PAGE_SIZE), np.uint8).reshape(1, PAGE_SIZE)
+            self._visitor.pages(block, addresses, page, offset)
+            self._page_runs(block)
+        else:
+            if fill := source.u8():
+                raise source.corrupt(f"Found a zero page with value {fill}")
+            self._visitor.zeroes(block, addresses)
+            self._zero_runs(block)
+
+    def _run(
+        self, block: RamBlock, kind: int, size: int, most: int
+    ) -> tuple[Addresses, memoryview, bool] | None:
+        """The records at hand, `most` at most, up to the first that is not of `kind`; None if that is the
+        next one.
+
+        :return: their addresses, the bytes from the first on, and whether there may be more.
+        """
+        window = self._source.window(size)
+        count = min(len(window) // size, most)
+        if count == 0:
+            return None
+        words: npt.NDArray[np.uint64] = np.ndarray((count,), ">u8", window, strides=(size,)).astype(np.uint64)
+        regular = ((words & np.uint64(FLAGS)) == kind | CONTINUE) & (words < np.uint64(block.length))
+        more = bool(regular.all())
+        if not more:
+            words = words[: int(regular.argmin())]
+            if len(words) == 0:
+                return None
+        return (words & np.uint64(~FLAGS & (1 << 64) - 1)).astype(np.int64), window, more
+
+    def _page_runs(self, block: RamBlock) -> None:
+        most = 1
+        while (run := self._run(block, PAGE, PAGE_RECORD, most)) is not None:
+            addresses, window, more = run
+            count = len(addresses)
+            pages: Pages = np.ndarray((count, PAGE_SIZE), np.uint8, window, 8, (PAGE_RECORD, 1))
+            self._visitor.pages(block, addresses, pages, self._source.offset + 8)
+            self._source.skip(count * PAGE_RECORD)
+            if not more:
+                return
+            most *= 4
+
+    def _zero_runs(self, block: RamBlock) -> None:
+        most = 1
+        while (run := self._run(block, ZERO, ZERO_RECORD, most)) is not None:
+            addresses, window, more = run
+            count = len(addresses)
+            fills = np.ndarray((count,), np.uint8, window, 8, (ZERO_RECORD,))
+            if fills.any():
+                raise self._source.corrupt(f"Found a zero page with value {int(fills.max())}")
+            self._visitor.zeroes(block, addresses)
+            self._source.skip(count * ZERO_RECORD)
+            if not more:
+                return
+            most *= 4
+
+
+def _name(block: RamBlock) -> bytes:
+    name = block.name.encode()
+    return bytes((len(name),)) + name
+
+
+def _words(values: Addresses) -> Pages:
+    """Eight big-endian bytes a value: uint8 (n, 8)."""
+    return values.astype(">u8").view(np.uint8).reshape(-1, 8)

@@ -1,0 +1,154 @@
+"""Machines for tests, as a user has them: `stillframe run` in a process of its own, its monitor's socket, its console."""
+
+import asyncio
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from stillframe.client import Client
+
+Result = TypeVar("Result")
+
+STILLFRAME = (sys.executable, "-m", "stillframe")
+
+
+def stillframe(*words: str, check: bool = False, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Run the command line; standard output and error are kept apart."""
+    return subprocess.run(
+        [*STILLFRAME, *words],
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        check=check,
+        timeout=120,
+        **options,
+    )
+
+
+class Console:
+    """A serial console on a socket: type, and wait for what the guest says."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(str(path))
+        self.text = ""
+        self._seen = 0
+
+    def type(self, text: str) -> None:
+        self._socket.sendall(text.encode())
+
+    def until(self, pattern: str, seconds: float = 60.0) -> "re.Match[str]":
+        """Wait for `pattern` in what was said after the last match."""
+        deadline = time.monotonic() + seconds
+        compiled = re.compile(pattern, re.MULTILINE)
+        while True:
+            found = compiled.search(self.text, self._seen)
+            if found:
+                self._seen = found.end()
+                return found
+            self._socket.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                data = self._socket.recv(65536)
+            except TimeoutError:
+                raise AssertionError(
+                    f"the guest did not say {pattern!r} in {seconds} s; it said last:\n{self.text[-1500:]}"
+                ) from None
+            assert data, f"the console was closed; the guest said last:\n{self.text[-1500:]}"
+            self.text += data.decode("utf-8", "replace")
+
+    def shell(self, command: str, seconds: float = 60.0) -> str:
+        """Run a command in the guest's shell and return what it printed; it has to succeed."""
+        number = time.monotonic_ns()
+        # The mark is typed in two halves, so that the echo of the line does not hold it.
+        self.type(f"{command}; echo =MA''RK={number}=$?=\n")
+        before = self._seen
+        found = self.until(rf"=MARK={number}=(\d+)=", seconds)
+        output = self.text[before : found.start()]
+        output = output.partition("\n")[2].replace("\r", "")
+        assert found.group(1) == "0", f"{command!r} failed in the guest:\n{output}"
+        return output.strip("\n")
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class RunningMachine:
+    """`with RunningMachine(directory, "--memory", "64M", ...) as machine:`; ends with the block, whatever happens."""
+
+    def __init__(self, directory: Path, *words: str) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.qmp = directory / "qmp.sock"
+        self._console_path = directory / "console.sock"
+        self.log = directory / "stderr"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [
+                    *STILLFRAME,
+                    "run",
+                    "--qmp",
+                    f"unix:{self.qmp}",
+                    "--console",
+                    f"unix:{self._console_path}",
+                    *words,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        try:
+            self._wait_for(self.qmp)
+            self._wait_for(self._console_path)
+            self.console = Console(self._console_path)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _wait_for(self, path: Path) -> None:
+        deadline = time.monotonic() + 30
+        while not path.exists():
+            assert self.process.poll() is None, f"the machine ended: {self.log.read_text()}"
+            assert time.monotonic() < deadline, f"no {path.name} after 30 s: {self.log.read_text()}"
+            time.sleep(0.01)
+
+    def talk(self, conversation: Callable[[Client], Awaitable[Result]]) -> Result:
+        """One conversation with the monitor."""
+
+        async def work() -> Result:
+            async with Client(f"unix:{self.qmp}") as client:
+                return await conversation(client)
+
+        return asyncio.run(work())
+
+    def save(self, tag: str, *devices: str) -> None:
+        nodes = devices or ("root",)
+        self.talk(lambda client: client.save(tag, vmstate=nodes[0], devices=nodes))
+
+    def load(self, tag: str, *devices: str) -> None:
+        nodes = devices or ("root",)
+        self.talk(lambda client: client.load(tag, vmstate=nodes[0], devices=nodes))
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        named = {key.replace("_", "-"): value for key, value in arguments.items()}
+        return self.talk(lambda client: client.execute(command, named))
+
+    def quit(self) -> None:
+        self.talk(Client.quit)
+        assert self.process.wait(30) == 0, self.log.read_text()
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+
+    def __enter__(self) -> "RunningMachine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.console.close()
+        self.kill()
