@@ -23,10 +23,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests")]
 
-from guest.consoles import GuestProcess, argv  # noqa: E402
-from peers import linux_guest, peer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
+
+from guest.consoles import GuestProcess, argv  # noqa: E402
+from peers import linux_guest, peer  # noqa: E402
 
 _MEMORY_MIB = 256
 _HASHED_MIB = 64

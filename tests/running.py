@@ -65,14 +65,13 @@ class Console:
     def shell(self, command: str, seconds: float = 60.0) -> str:
         """Run a command in the guest's shell and return what it printed; it has to succeed."""
         number = time.monotonic_ns()
-        # The mark is typed in two halves, so that the echo of the line does not hold it.
-        self.type(f"{command}; echo =MA''RK={number}=$?=\n")
-        before = self._seen
-        found = self.until(rf"=MARK={number}=(\d+)=", seconds)
-        output = self.text[before : found.start()]
-        output = output.partition("\n")[2].replace("\r", "")
+        # The marks are typed in two halves, so that the echo of the line does not hold them.
+        self.type(f"echo =BE''GIN={number}=; {command}; echo =EN''D={number}=$?=\n")
+        begin = self.until(rf"=BEGIN={number}=\r?\n", seconds).end()
+        found = self.until(rf"=END={number}=(\d+)=", seconds)
+        output = self.text[begin : found.start()].replace("\r", "").strip("\n")
         assert found.group(1) == "0", f"{command!r} failed in the guest:\n{output}"
-        return output.strip("\n")
+        return output
 
     def close(self) -> None:
         self._socket.close()

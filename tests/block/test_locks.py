@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from block.qemu_dialogue import QemuBlockLayer
 from peers import QEMU_VERSIONS, peer
-
 from stillframe.block.file import FileNode
 from stillframe.block.graph import BlockGraph
 from stillframe.errors import InUse

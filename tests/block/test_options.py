@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from block.qemu_dialogue import said_on_command_line
 
+from block.qemu_dialogue import said_on_command_line
 from stillframe.block.graph import BlockGraph
 from stillframe.block.options import NodeOptions, parse_options, read_options
 from stillframe.errors import InvalidRequest, Refused, StillframeError, Unsupported

@@ -34,7 +34,9 @@ def test_a_window_shows_its_part_and_changes_nothing_else(file: FileNode) -> Non
             window.read(offset, length)
         with pytest.raises(InvalidRequest):
             window.write(offset, bytes(length))
-    assert [(each.offset, each.length, each.host_offset) for each in window.extents(0, 1024)] == [(0, 1024, 100)]
+    assert [(each.offset, each.length, each.host_offset) for each in window.extents(0, 1024)] == [
+        (0, 1024, 100)
+    ]
 
 
 def test_without_a_size_the_window_moves_with_the_file(file: FileNode) -> None:
@@ -47,9 +49,13 @@ def test_without_a_size_the_window_moves_with_the_file(file: FileNode) -> None:
 
 
 def test_windows_outside_the_file_are_refused_in_qemus_words(file: FileNode) -> None:
-    with pytest.raises(InvalidRequest, match=r"Offset \(9000\) cannot be greater than size of the containing"):
+    with pytest.raises(
+        InvalidRequest, match=r"Offset \(9000\) cannot be greater than size of the containing"
+    ):
         RawNode("window", file, offset=9000)
-    with pytest.raises(InvalidRequest, match=r"The sum of offset \(512\) and size \(8192\) has to be smaller"):
+    with pytest.raises(
+        InvalidRequest, match=r"The sum of offset \(512\) and size \(8192\) has to be smaller"
+    ):
         RawNode("window", file, offset=512, size=8192)
     with pytest.raises(InvalidRequest, match="Specified size is not multiple of 512"):
         RawNode("window", file, size=1000)

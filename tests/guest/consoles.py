@@ -69,7 +69,6 @@ def argv(
         if initrd:
             words += ["-initrd", str(initrd)]
     else:
-        pytest.importorskip("stillframe.cli.main")
         words = [sys.executable, "-m", "stillframe", "run", "--engine", "unicorn", "--memory", f"{memory}M"]
         words += ["--console", "stdio", "--kernel", str(kernel), "--append", append]
         if disk:

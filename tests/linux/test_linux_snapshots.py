@@ -86,12 +86,19 @@ FACTS = {
     "nonce": "cat /tmp/nonce",
     "disk": "cat /mnt/random /mnt/etc/* 2>/dev/null | md5sum",
     "device": "dd if=/dev/vda bs=1M count=8 skip=64 2>/dev/null | md5sum",
-    "processes": "ps | grep -v ' ps$' | grep -v grep | awk '{print $1, $4, $5}' | md5sum",
 }
 
 
-def facts(machine: RunningMachine) -> dict[str, str]:
-    return {name: machine.console.shell(command) for name, command in FACTS.items()}
+PASSING = ("ps", "{ps}", "sleep", "{sleep}", "[")
+
+
+def facts(machine: RunningMachine) -> dict[str, object]:
+    """What has to be the same again; of the processes those that last, by number and words."""
+    lines = machine.console.shell("ps -o pid,args").splitlines()[1:]
+    processes = [line for line in lines if not line.split(maxsplit=1)[1].startswith(PASSING)]
+    assert len(processes) >= 3, lines
+    same = {name: machine.console.shell(command) for name, command in FACTS.items()}
+    return {**same, "processes": processes}
 
 
 def monotonic(machine: RunningMachine) -> float:
@@ -102,7 +109,7 @@ def wreck(machine: RunningMachine) -> None:
     console = machine.console
     console.shell("echo gone >/tmp/nonce")
     console.shell("dd if=/dev/zero of=/mnt/random bs=1M count=4 2>/dev/null; rm -r /mnt/etc; sync")
-    console.shell("(while true; do sleep 7; done) & echo another")
+    console.shell("sleep 1000 & sh -c 'while true; do sleep 7; done' & echo another")
     assert console.shell("cat /tmp/nonce") == "gone"
 
 

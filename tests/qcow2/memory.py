@@ -27,11 +27,11 @@ class MemoryNode(Node):
         return None
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
-        assert 0 <= offset and offset + len(buffer) <= len(self.data)
+        assert 0 <= offset <= len(self.data) - len(buffer)
         buffer[:] = self.data[offset : offset + len(buffer)]
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        assert 0 <= offset and offset + len(data) <= len(self.data)
+        assert 0 <= offset <= len(self.data) - len(data)
         self.data[offset : offset + len(data)] = data
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:

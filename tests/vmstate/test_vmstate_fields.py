@@ -130,6 +130,14 @@ def test_a_declaration_that_contradicts_itself_does_not_get_into_a_release(field
         Description("x", 2, fields)
 
 
+def test_a_description_of_any_length_is_found_by_the_bytes_before_it() -> None:
+    """Its length may hold the byte of a brace, which is what is searched for."""
+    for length in range(300):
+        field = Field("f" * length, "uint8")
+        section = SectionState("d", 0, Description("d", 1, (field,)), {field.name: 5})
+        assert Walk(written("none", {}, [section])).sections["d", 0] == {field.name: 5}
+
+
 def test_the_description_has_the_shape_of_qemus() -> None:
     description = Description(
         "cpu", 1, (Field("x", "uint64", count=32), Field("pc", "uint64"), Field("fcsr", "buffer", count=4))

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from stillframe.errors import StateMismatch, StillframeError, StreamCorrupt
 from stillframe.machine.clock import VirtualClock
+from stillframe.vmstate.layout import mark
 from stillframe.vmstate.ram import PAGE_RECORD, ZERO_RECORD, PageMap
 from stillframe.vmstate.sections import GLOBAL_STATE, GLOBAL_STATE_KEY, SectionState, saved_run_state
+from stillframe.vmstate.stream import RAM_SECTION_ID as RAM
 from stillframe.vmstate.stream import MemoryContent, survey, write_stream
 from stillframe.vmstate.transfer import CHUNK, StateSource, state_sink
 from vmstate.stream_analysis import Walk
@@ -95,10 +97,9 @@ def test_the_later_record_of_a_page_wins() -> None:
     """What makes an incremental state possible: stale records stay where they are, fresh ones follow."""
     old, new = mixed_memory(700, seed=1), mixed_memory(700, seed=2)
     first, second = sample(old), sample(new)
-    part = b"\x02\0\0\0\1"
-    begin, end = second.index(part), second.index(b"\x03\0\0\0\1")
-    joined = first[: first.index(part)] + first[first.index(part) : first.index(b"\x03\0\0\0\1")]
-    joined += second[begin:end] + first[first.index(b"\x03\0\0\0\1") :]
+    part, end = mark(2, RAM), mark(3, RAM)
+    joined = first[: first.index(end)]
+    joined += second[second.index(part) : second.index(end)] + first[first.index(end) :]
     found, where = Memory(), PageMap()
     surveyed(joined, sections=[TIMER], pages=found)
     surveyed(joined, sections=[TIMER], pages=where)
@@ -153,8 +154,10 @@ def replaced(data: bytes, old: bytes, new: bytes) -> bytes:
     return data.replace(old, new)
 
 
-PAGES = mixed_memory(64)
-STREAM = sample(PAGES)
+STREAM = sample(mixed_memory(64))
+TIMER_HEAD = mark(4, RAM + 1) + b"\5timer"
+BETWEEN = mark(0x7E, RAM + 1) + mark(4, RAM + 2)
+"""The footer of `timer` and the beginning of `globalstate`."""
 DAMAGE: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "Not a migration stream"),
     "no stream": (b"QFI\xfb" + bytes(400), "Not a migration stream"),
@@ -162,19 +165,19 @@ DAMAGE: dict[str, tuple[bytes, str]] = {
     "version 4": (replaced(STREAM, b"QEVM\0\0\0\3", b"QEVM\0\0\0\4"), "Unsupported migration stream version"),
     "no configuration": (STREAM[:8] + STREAM[17:], "Configuration section missing"),
     "another footer": (
-        replaced(STREAM, b"\x7e\0\0\0\2\4\0\0\0\3", b"\x7e\0\0\0\7\4\0\0\0\3"),
-        "Mismatched section id in footer for timer - read 0x7 expected 0x2",
+        replaced(STREAM, BETWEEN, mark(0x7E, 7) + BETWEEN[5:]),
+        f"Mismatched section id in footer for timer - read 0x7 expected {RAM + 1:#x}",
     ),
     "no footer": (
-        replaced(STREAM, b"\x7e\0\0\0\2\4\0\0\0\3", b"\4\0\0\0\3"),
+        replaced(STREAM, BETWEEN, BETWEEN[5:]),
         "Missing section footer for timer",
     ),
-    "unknown type": (replaced(STREAM, b"\4\0\0\0\2\5timer", b"\x55\0\0\0\2\5timer"), "section type 85"),
+    "unknown type": (replaced(STREAM, TIMER_HEAD, b"\x55" + TIMER_HEAD[1:]), "section type 85"),
     "section twice": (
         replaced(
             STREAM,
-            STREAM[STREAM.index(b"\4\0\0\0\2\5timer") : STREAM.index(b"\4\0\0\0\3\x0bglobal")],
-            STREAM[STREAM.index(b"\4\0\0\0\2\5timer") : STREAM.index(b"\4\0\0\0\3\x0bglobal")] * 2,
+            STREAM[STREAM.index(TIMER_HEAD) : STREAM.index(BETWEEN) + 5],
+            STREAM[STREAM.index(TIMER_HEAD) : STREAM.index(BETWEEN) + 5] * 2,
         ),
         "A second section 'timer' 0",
     ),
@@ -252,7 +255,7 @@ def test_a_damaged_stream_ends_in_an_error_of_ours_or_in_a_reading(original: byt
 def test_many_small_records_are_read_and_can_be_given_up() -> None:
     """Alternating zero and data records have no runs; a reader that is told to stop does."""
     head = sample(mixed_memory(2))
-    begin = head.index(b"\x02\0\0\0\1") + 5
+    begin = head.index(mark(2, RAM)) + 5
     records = b"".join(
         struct.pack(">Q", 0 | (0x02 if first else 0x22)) + (b"\4ram0" if first else b"") + b"\0"
         for first in [True] + [False] * 500_000

@@ -9,6 +9,7 @@ from stillframe.block.opening import full_backing_name
 from stillframe.block.options import NodeOptions
 
 _NANOSECONDS = 1_000_000_000
+_SECTOR = 512
 
 
 def snapshot_info_json(snapshot: SnapshotInfo) -> dict[str, Any]:
@@ -28,10 +29,15 @@ def snapshot_info_json(snapshot: SnapshotInfo) -> dict[str, Any]:
     return shown
 
 
+def shown_size(info: ImageInfo) -> int:
+    """An image's size as QEMU tells it: in whole sectors of 512 bytes."""
+    return -(-info.virtual_size // _SECTOR) * _SECTOR
+
+
 def image_info_json(info: ImageInfo) -> dict[str, Any]:
     """ImageInfo, without the images below."""
     shown: dict[str, Any] = {
-        "virtual-size": info.virtual_size,
+        "virtual-size": shown_size(info),
         "filename": info.filename,
         "format": info.format,
     }

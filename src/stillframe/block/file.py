@@ -313,17 +313,16 @@ def same_file(first: str, second: str) -> bool:
 
 
 def _open_existing(filename: str, read_only: bool, auto_read_only: bool) -> tuple[int, bool]:
-    # O_NONBLOCK keeps a FIFO from blocking the open; it is refused after a look at what it is.
     flags = os.O_CLOEXEC | os.O_NONBLOCK
-    if not read_only:
-        try:
-            return os.open(filename, os.O_RDWR | flags), False
-        except ValueError as error:
-            raise InvalidRequest(f"Could not open {filename!r}: {error}") from error
-        except OSError as error:
-            if not auto_read_only or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise _open_failed(filename, error) from error
     try:
+        # Looked at first, since opening a device can do things; O_NONBLOCK, should it be a FIFO by then.
+        _driver_for(filename, os.stat(filename).st_mode)
+        if not read_only:
+            try:
+                return os.open(filename, os.O_RDWR | flags), False
+            except OSError as error:
+                if not auto_read_only or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
         return os.open(filename, os.O_RDONLY | flags), True
     except ValueError as error:
         raise InvalidRequest(f"Could not open {filename!r}: {error}") from error

@@ -156,8 +156,8 @@ def _open_format(structure: Structure, entry: Entry, settled: _Inherited, above:
     file = _child(structure, entry, "file", replace(settled, discard=True), above)
     if file is None:
         raise InvalidRequest("Parameter 'file' is missing")
-    structure.list_entry(entry)
     structure.connect(Edge(file, "file", parent=entry))
+    structure.list_entry(entry)
     bytes_below = _node_of(file)
     if entry.options.driver == "raw":
         settings = entry.options.settings

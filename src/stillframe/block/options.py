@@ -303,9 +303,7 @@ def _read_raw(options: _Object) -> _Own:
     settings = {member: options.integer(member) for member in ("offset", "size") if options.has(member)}
     for member, value in settings.items():
         if value < 0:
-            raise InvalidRequest(
-                f"Parameter '{options.name_of(member)}' expects a non-negative number below 2^64"
-            )
+            raise InvalidRequest(f"Value '{value}' is out of range for parameter '{member}'")
     return settings, children
 
 

@@ -78,29 +78,30 @@ class Structure:
         self._next_number = 0
 
     def new_entry(self, options: NodeOptions, *, read_only: bool, owned: bool) -> Entry:
-        """A place for a node about to be opened; it is in the graph once `list_entry` was called.
-
-        :raise InvalidRequest: a bad name. :raise AlreadyExists: a taken one.
-        """
+        """A place for a node about to be opened; it is in the graph once `list_entry` was called."""
         name = options.node_name
         if name is None:
             # Two digits of chance keep people from relying on such names.
             name = f"#block{self._next_number}{random.randrange(100):02d}"
             self._next_number += 1
-        elif not _NODE_NAME.fullmatch(name):
+        return Entry(name, options, read_only, owned)
+
+    def list_entry(self, entry: Entry) -> None:
+        """Give the entry its name and its place in the order of the graph.
+
+        :raise InvalidRequest: a bad name. :raise AlreadyExists: a taken one.
+        """
+        name = entry.name
+        if entry.options.node_name is not None and not _NODE_NAME.fullmatch(name):
             raise InvalidRequest(
                 f"Invalid node-name: '{name}'",
                 remedy="A name is a letter, then letters, digits, '-', '.' and '_'.",
             )
-        elif len(name) > _MAX_NODE_NAME:
+        if len(name) > _MAX_NODE_NAME:
             raise InvalidRequest("Node name too long", remedy=f"It has at most {_MAX_NODE_NAME} bytes.")
-        self._refuse_taken(name)
-        return Entry(name, options, read_only, owned)
-
-    def list_entry(self, entry: Entry) -> None:
-        """Put the entry in the order of the graph. :raise AlreadyExists: a child took its name meanwhile."""
-        self._refuse_taken(entry.name)
-        self.entries = {**self.entries, entry.name: entry}
+        if name in self.entries:
+            raise AlreadyExists(f"Duplicate nodes with node-name='{name}'")
+        self.entries = {**self.entries, name: entry}
 
     def existing(self, node_name: str) -> Entry:
         """:raise NotFound: no such node, or it is still being opened."""
@@ -144,10 +145,6 @@ class Structure:
         for edge in children.values():
             failures += self.disconnect(edge)
         return failures
-
-    def _refuse_taken(self, name: str) -> None:
-        if name in self.entries:
-            raise AlreadyExists(f"Duplicate nodes with node-name='{name}'")
 
     def _apply(self, entry: Entry) -> None:
         _refuse_disagreement(entry)

@@ -102,13 +102,15 @@ class Demo:
         memory = (await console.command("sum"))["sum"]
         before = await console.command("status")
         job = await client.save("demo", vmstate="root", devices=["root"])
+        took = time.monotonic() - self._started
+        await console.heartbeats(_HEARTBEATS)
         saved = await console.command("status")
         self._prove(
             int(saved["hb"]) >= int(before["hb"])
             and saved["bad"] == "0"
             and await client.status() == "running",
             "snapshot-save took the machine and the guest went on",
-            f"{job.total} bytes, heartbeat {before['hb']} before and {saved['hb']} after",
+            f"{job.total >> 20} MiB in {took:.2f} s, heartbeat {before['hb']} before and {saved['hb']} after",
         )
 
         self._tell("The guest goes on, then everything is wrecked: memory, registers, disk, flash.")
@@ -271,12 +273,13 @@ async def _image_proof(root: Path) -> Proof:
 
 def _print_table(proofs: Sequence[Proof], seconds: float) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     grid = Table("proven", "seen", title=f"{len(proofs)} proofs in {seconds:.1f} s", title_justify="left")
     grid.add_column("took", justify="right", no_wrap=True)
     for proof in proofs:
-        grid.add_row(proof.claim, proof.seen, f"{proof.seconds:.2f} s")
+        grid.add_row(escape(proof.claim), escape(proof.seen), f"{proof.seconds:.2f} s")
     width = None if sys.stdout.isatty() else 132
     Console(width=width, highlight=False).print(grid)
 

@@ -200,11 +200,13 @@ def info(kind: str | None, force_share: bool, backing_chain: bool, as_json: bool
 
 
 def _info_lines(info: "ImageInfo") -> Iterator[str]:
+    from stillframe.block.describe import shown_size
     from stillframe.block.opening import full_backing_name
 
+    size = shown_size(info)
     yield f"image: {printable(info.filename)}"
     yield f"file format: {info.format}"
-    yield f"virtual size: {format_size(info.virtual_size)} ({info.virtual_size} bytes)"
+    yield f"virtual size: {format_size(size)} ({size} bytes)"
     yield f"disk size: {'unavailable' if info.actual_size is None else format_size(info.actual_size)}"
     if info.encrypted:
         yield "encrypted: yes"
@@ -226,10 +228,11 @@ def _info_lines(info: "ImageInfo") -> Iterator[str]:
             shown = str(value).lower() if isinstance(value, bool) else str(value)
             yield f"    {name.replace('-', ' ')}: {printable(shown)}"
     for role, child in info.children:
+        length = shown_size(child)
         yield f"Child node '/{role}':"
         yield f"    filename: {printable(child.filename)}"
         yield f"    protocol type: {child.format}"
-        yield f"    file length: {format_size(child.virtual_size)} ({child.virtual_size} bytes)"
+        yield f"    file length: {format_size(length)} ({length} bytes)"
         if child.actual_size is not None:
             yield f"    disk size: {format_size(child.actual_size)}"
 

@@ -22,6 +22,7 @@ from stillframe.cli.run_options import (
     parse_device,
     parse_memory,
 )
+from stillframe.data import bundled_guest
 from stillframe.errors import InvalidRequest, Unsupported
 from stillframe.monitor.addresses import Address
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from stillframe.machine.machine import Machine
     from stillframe.monitor.server import MonitorServer
 
+_BUNDLED = Path("bundled")
 _READY = b"ready\n"
 _READY_FD = "STILLFRAME_READY_FD"
 
@@ -88,7 +90,7 @@ SIGTERM and SIGINT end the machine as `quit` does: jobs are cancelled, images st
     "--machine", "board", default="virt", show_default=True, help="The board: virt, or none for nodes alone."
 )
 @click.option("--memory", default="128M", show_default=True, metavar="SIZE", help="The guest's memory.")
-@click.option("--kernel", type=click.Path(path_type=Path), help="A riscv64 kernel: Image, Image.gz or ELF.")
+@click.option("--kernel", type=click.Path(path_type=Path), help="A riscv64 kernel: Image, Image.gz or ELF; or `bundled`, the guest that comes with stillframe.")
 @click.option("--initrd", type=click.Path(path_type=Path), help="The kernel's initial file system.")
 @click.option("--append", default="", metavar="WORDS", help="The kernel's command line.")
 @click.option("--bios", type=click.Path(path_type=Path), help="Firmware to start, in S mode.")
@@ -144,7 +146,7 @@ def run(
         name=name,
         board=board,
         memory=parse_memory(memory),
-        kernel=kernel,
+        kernel=bundled_guest() if kernel == _BUNDLED else kernel,
         initrd=initrd,
         append=append,
         bios=bios,

@@ -211,7 +211,8 @@ class Client:
     ) -> JobState:
         """Start a job, see it through to its end, and dismiss it.
 
-        If the task is cancelled the job is cancelled too, and its end awaited: nothing of it is left behind.
+        If the task is cancelled the job is cancelled too, and its end awaited: nothing of it is left behind. Where the
+        job was done before that could be, it is done: the cancellation is taken back and this returns.
 
         :param job_id: chosen where None is given.
         :raise JobFailed: the job's own error. :raise PeerError: it could not be started.
@@ -222,8 +223,12 @@ class Client:
             try:
                 job = await self._until_concluded(job_id, listener, progress)
             except asyncio.CancelledError:
-                await asyncio.shield(self._cancel(job_id, listener))
-                raise
+                job = await asyncio.shield(self._cancel(job_id, listener))
+                if job.error is not None:
+                    await self.execute("job-dismiss", {"id": job_id})
+                    raise
+                if (task := asyncio.current_task()) is not None:
+                    task.uncancel()
         await self.execute("job-dismiss", {"id": job_id})
         if job.error is not None:
             if job.error == str(Cancelled()):
@@ -247,14 +252,13 @@ class Client:
             except TimeoutError:
                 continue
 
-    async def _cancel(self, job_id: str, listener: EventListener) -> None:
+    async def _cancel(self, job_id: str, listener: EventListener) -> JobState:
         try:
             await self.execute("job-cancel", {"id": job_id})
         except PeerError:
             # It has just concluded, or is past the point from which it can be undone: then its end is awaited.
             pass
-        await self._until_concluded(job_id, listener, None)
-        await self.execute("job-dismiss", {"id": job_id})
+        return await self._until_concluded(job_id, listener, None)
 
     # Snapshots
 

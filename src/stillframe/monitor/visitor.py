@@ -51,14 +51,12 @@ def _value(shape: Shape, given: Any, path: str, name: str) -> Any:
         if not isinstance(given, str):
             raise _wrong_type(path, "string")
         if given not in shape.words:
-            raise InvalidRequest(f"Parameter '{path}' does not accept value '{given}'")
+            raise InvalidRequest(f"Parameter '{name}' does not accept value '{given}'")
         return shape.type(given)
     if isinstance(shape, Array):
         if not isinstance(given, list):
             raise _wrong_type(path, "array")
-        return [
-            _value(shape.element, element, f"{path}[{index}]", name) for index, element in enumerate(given)
-        ]
+        return [_value(shape.element, each, f"{path}[{index}]", "null") for index, each in enumerate(given)]
     if isinstance(shape, Variants):
         return _variants(shape, given, path, name)
     return _object(shape, given, path, name)

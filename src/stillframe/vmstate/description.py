@@ -34,4 +34,8 @@ def describe(machine: str, sections: Sequence[SectionState]) -> bytes:
         }
         for section in sections
     ]
-    return json.dumps({"configuration": configuration, "page_size": 4096, "devices": devices}).encode()
+    text = json.dumps({"configuration": configuration, "page_size": 4096, "devices": devices}).encode()
+    # analyze-migration.py looks for the first brace behind the last NUL, and must not find it in the length.
+    while b"{" in len(text).to_bytes(4, "big"):
+        text += b" "
+    return text

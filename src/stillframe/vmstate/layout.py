@@ -15,8 +15,9 @@ throughout.
     subsection  05  u8 n  name[n]  u32 version_id  fields     in a payload, after its fields; we write none
 
 A section's id is any number that no other section of the stream has; what it is for is said by idstr and
-instance_id. A payload has no length of its own: only who knows its fields (fields.py), or RAM's records
-(ram.py), finds the footer.
+instance_id. But a QEMU that loads one stream after another remembers the ids of the first: a PART whose id
+some device had there goes to that device. So ours are none that QEMU gives. A payload has no length of its
+own: only who knows its fields (fields.py), or RAM's records (ram.py), finds the footer.
 
 COMMAND, `08 u16 command, u16 n, bytes[n]`, stands between sections. We never write one, since QEMU 7.2
 refuses the only one of a savevm stream, 11 with n = 0, which QEMU writes from 9.0 on before RAM's END and

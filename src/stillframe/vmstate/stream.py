@@ -15,10 +15,10 @@ from stillframe.vmstate.ram import PageVisitor, RamBlock, RamReader, RamWriter
 from stillframe.vmstate.sections import SectionKey, SectionState, SurveyedSection
 from stillframe.vmstate.transfer import StateSink, StateSource
 
-RAM_SECTION_ID = 1
-"""QEMU's own; `timer` has 0 there, devices come behind."""
+RAM_SECTION_ID = 0x53460000
+"""Ours are far above those of QEMU, which counts from 0; layout.py tells why."""
 
-_FIRST_DEVICE_ID = 2
+_FIRST_DEVICE_ID = RAM_SECTION_ID + 1
 _MAXIMUM_DESCRIPTION = 64 << 20
 
 

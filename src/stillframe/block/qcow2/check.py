@@ -232,8 +232,9 @@ class Walk:
             self.result.corrupt(
                 f"offset={offset:x}: Cluster is not properly aligned; L2 entry corrupted.", count
             )
-        plain &= ~wrong
         self._count((hosts[plain] >> np.uint64(self._bits)).astype(np.int64), weights[plain])
+        # An unaligned cluster lies in two.
+        self._count((hosts[wrong] >> np.uint64(self._bits)).astype(np.int64) + 1, weights[wrong])
         if packed.any():
             words, counts = tables[packed], weights[packed]
             for word, count in zip(
@@ -258,6 +259,9 @@ class Walk:
             found = self.references.get(index, nothing)
             said = self.refcounts.get(index, nothing)
             base = index * self._per_block
+            # What is counted past the file's end takes no space: no leak, as in QEMU.
+            inside = np.arange(base, base + self._per_block) < self._end
+            said = np.where(inside | (found > 0), said, 0)
             used = np.flatnonzero((found > 0) | (said > 0))
             if len(used):
                 highest = base + int(used[-1])

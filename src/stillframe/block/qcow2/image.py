@@ -28,7 +28,16 @@ from stillframe.block.qcow2.layout import (
     Header,
     parse_header,
 )
-from stillframe.block.qcow2.mapping import DATA, PACKED, UNALLOCATED, Mapping, Run, l1_entry, packed_place
+from stillframe.block.qcow2.mapping import (
+    DATA,
+    PACKED,
+    UNALLOCATED,
+    Deferred,
+    Mapping,
+    Run,
+    l1_entry,
+    packed_place,
+)
 from stillframe.block.qcow2.snapshot_table import SnapshotEntry, parse_table
 from stillframe.errors import ImageCorrupt, IOFailed, Refused, StillframeError
 
@@ -157,12 +166,15 @@ class Image:
         """
         old = self.world
         try:
-            self.file.write(WORLD_OFFSET, new.header.pack_world())
-            self.file.flush()
+            self._write_world(new)
         except BaseException:
             self.restore_world(old)
             raise
         self.world = new
+
+    def _write_world(self, world: World) -> None:
+        self.file.write(WORLD_OFFSET, world.header.pack_world())
+        self.file.flush()
 
     def restore_world(self, old: World) -> None:
         """Put the old world into force again after a switch that failed or is to be undone.
@@ -170,8 +182,11 @@ class Image:
         :raise IOFailed: it is not known which is in force; the image takes no more writes.
         """
         try:
-            self.file.write(WORLD_OFFSET, old.header.pack_world())
-            self.file.flush()
+            try:
+                self._write_world(old)
+            except IOFailed:
+                # Once more: an error that passes must not leave the image unwritable.
+                self._write_world(old)
         except StillframeError as error:
             self.is_in_doubt = True
             self.broken = (
@@ -378,20 +393,24 @@ class Image:
     # Durability.
 
     def flush(self) -> None:
-        """All that was written before is durable; dropped references are counted down."""
-        dropped = None
-        if self._refcounts is not None:
-            with self.gate.lock:
-                if not self.gate.is_switching and not self.broken:
-                    dropped = self._refcounts.take_dropped()
-                    if dropped is not None:
-                        self.gate.claim_refcounts()
+        """All that was written before is durable; dropped references are counted down.
+
+        :raise IOFailed: it is not. What waited for the flush waits for the next.
+        """
+        with self.gate.lock:
+            self.refuse_if_broken()
+            deferred = self.mapping.deferred()
+            dropped = None
+            if self._refcounts is not None and not self.gate.is_switching:
+                dropped = self._refcounts.take_dropped()
+            if dropped is not None:
+                self.gate.claim_refcounts()
         try:
-            self.file.flush()
+            self._flush(deferred)
         except BaseException:
-            if dropped is not None and self._refcounts is not None:
+            if dropped is not None:
                 with self.gate.lock:
-                    self._refcounts.put_back_dropped(dropped)
+                    self.refcounts.put_back_dropped(dropped)
                     self.gate.unclaim_refcounts()
             raise
         if dropped is not None:
@@ -401,12 +420,27 @@ class Image:
                 finally:
                     self.gate.unclaim_refcounts()
 
+    def _flush(self, deferred: Deferred) -> None:
+        """Data first, then the entries that waited for it."""
+        self.file.flush()
+        if deferred:
+            with self.gate.lock:
+                self.mapping.write_deferred(deferred)
+            self.file.flush()
+
     def settle_all(self) -> None:
         """Inside a switch: wait for all requests in flight, and count every dropped reference down."""
         with self.gate.lock:
             self.gate.wait_until_quiet()
+            deferred = self.mapping.deferred()
             dropped = self.refcounts.take_dropped()
-        self.file.flush()
+        try:
+            self._flush(deferred)
+        except BaseException:
+            if dropped is not None:
+                with self.gate.lock:
+                    self.refcounts.put_back_dropped(dropped)
+            raise
         if dropped is not None:
             with self.gate.lock:
                 self.refcounts.settle(dropped)

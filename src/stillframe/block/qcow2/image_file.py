@@ -47,6 +47,7 @@ class ImageFile:
         if end > self._written:
             with self._growing:
                 self._written = max(self._written, end)
+        if end > self.node.size:
             self.grow(end)
         self.node.write(offset, data)
 

@@ -1,14 +1,17 @@
 """Where the bytes of a disk lie: the L1 and L2 tables, read through one bounded cache.
 
-Every change of a table goes through to the file at once (`store`), so the cache never holds what the file does not, and can
-forget any table at any time. What makes that safe against a power cut is the order that the writers keep:
+What keeps the file whole at a power cut is the order in which entries are written:
 
-    an entry is written only when what it points to is durable in every respect but guest data: the refcount of the
-    cluster (refcounts.py leases clusters durably before they are handed out), and for an L1 entry the table itself
+    store   an entry goes to the file at once. It may: the refcount of the cluster that it points to is durable (refcounts.py
+            leases clusters durably before it hands them out), for an L1 entry the table is, too; and should the data not
+            be, the cluster reads as zeroes, as the guest's bytes did before.
+    defer   an entry that replaces content waits until the new cluster's data is durable: else a cut could cost what was
+            flushed long ago. It goes to the file in the next flush; until then the cached table alone holds it.
 """
 
 import struct
 from collections import OrderedDict
+from collections.abc import Iterator
 
 from stillframe.block.qcow2.image_file import ImageFile
 from stillframe.block.qcow2.layout import COMPRESSED, COPIED, MAX_OFFSET, OFFSET_MASK, ZERO, Header
@@ -18,6 +21,12 @@ CACHE_BYTES = 32 << 20
 """Bytes of L2 tables kept; of the largest clusters at least two tables."""
 
 UNALLOCATED, ZEROES, DATA, PACKED = range(4)
+
+Deferred = dict[int, dict[int, int]]
+"""Entries by table offset and index."""
+
+DEFERRED_AT_MOST = 1 << 15
+"""Deferred entries after which a flush of our own is due."""
 
 Run = tuple[int, int, int]
 """Kind, length in bytes, and where it begins: the host offset of DATA and of zeroes that have a place (0 for those that
@@ -37,6 +46,7 @@ class Mapping:
         self._entries = header.l2_entries
         self._cache: OrderedDict[int, bytearray] = OrderedDict()
         self._cached_at_most = max(2, CACHE_BYTES // header.cluster_size)
+        self._deferred: Deferred = {}
 
     def table(self, offset: int) -> bytearray:
         """The L2 table at a host offset.
@@ -60,16 +70,20 @@ class Mapping:
         """Put a table that the file holds into the cache."""
         self._cache[offset] = table
         self._cache.move_to_end(offset)
-        while len(self._cache) > self._cached_at_most:
-            self._cache.popitem(last=False)
+        if len(self._cache) > self._cached_at_most:
+            oldest = next((each for each in self._cache if each not in self._deferred), offset)
+            if oldest != offset:
+                del self._cache[oldest]
 
     def forget(self, offset: int) -> None:
         """A cluster is no table any more."""
         self._cache.pop(offset, None)
+        self._deferred.pop(offset, None)
 
     def forget_all(self) -> None:
-        """The tables were switched."""
+        """The tables were switched, after all that was deferred had been written."""
         self._cache.clear()
+        self._deferred.clear()
 
     def entries(self, table_offset: int, index: int, count: int) -> tuple[int, ...]:
         """Entries of an L2 table as numbers."""
@@ -78,16 +92,53 @@ class Mapping:
     def store(self, table_offset: int, index: int, entries: list[int]) -> None:
         """Write entries of an L2 table through to the file.
 
-        On an error the table is read anew the next time: what the file then holds of the entries, old or new, is true.
+        On an error the file may hold the old or the new ones; both lead to clusters that are counted, as long as the
+        caller gives none of them to others.
         """
         data = struct.pack(f">{len(entries)}Q", *entries)
         table = self.table(table_offset)
-        try:
-            self._file.write(table_offset + index * 8, data)
-        except BaseException:
-            self.forget(table_offset)
-            raise
+        self._file.write(table_offset + index * 8, data)
         table[index * 8 : index * 8 + len(data)] = data
+        deferred = self._deferred.get(table_offset)
+        if deferred is not None:
+            for number in range(index, index + len(entries)):
+                deferred.pop(number, None)
+
+    def defer(self, table_offset: int, index: int, entries: list[int]) -> None:
+        """Change entries of an L2 table here, and in the file with the next flush."""
+        struct.pack_into(f">{len(entries)}Q", self.table(table_offset), index * 8, *entries)
+        deferred = self._deferred.setdefault(table_offset, {})
+        deferred.update(zip(range(index, index + len(entries)), entries, strict=True))
+
+    @property
+    def has_many_deferred(self) -> bool:
+        """Whether a flush of our own is due."""
+        return (
+            len(self._deferred) > self._cached_at_most // 2
+            or sum(map(len, self._deferred.values())) > DEFERRED_AT_MOST
+        )
+
+    def deferred(self) -> Deferred:
+        """What was deferred until now: for `write_deferred`, after a flush."""
+        return {table: dict(entries) for table, entries in self._deferred.items() if entries}
+
+    def write_deferred(self, durable: Deferred) -> None:
+        """Write entries whose clusters' data is durable by now, but those that were changed again since.
+
+        On an error what was not written stays deferred.
+        """
+        for table_offset, entries in durable.items():
+            present = self._deferred.get(table_offset)
+            if present is None:
+                continue
+            still = sorted(index for index, entry in entries.items() if present.get(index) == entry)
+            for first, count in _consecutive(still):
+                data = struct.pack(f">{count}Q", *(entries[first + number] for number in range(count)))
+                self._file.write(table_offset + first * 8, data)
+                for number in range(count):
+                    del present[first + number]
+            if not present:
+                del self._deferred[table_offset]
 
     def runs(self, l1: bytes | bytearray, offset: int, length: int) -> list[Run]:
         """A range of a tree, as runs that lie contiguously, in order, covering it exactly.
@@ -178,3 +229,12 @@ def _extend(found: list[Run], kind: int, length: int, host: int) -> None:
             found[-1] = (kind, last_length + length, last_host)
             return
     found.append((kind, length, host))
+
+
+def _consecutive(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Ascending numbers as runs: first and count."""
+    start = 0
+    for at in range(1, len(numbers) + 1):
+        if at == len(numbers) or numbers[at] != numbers[at - 1] + 1:
+            yield numbers[start], at - start
+            start = at

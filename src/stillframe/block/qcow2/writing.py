@@ -1,10 +1,8 @@
 """Writes into the active tree: in place where the clusters are the image's own, else into new ones.
 
-    in place   entries with COPIED, allocated after the last freeze: the data goes straight to its place
-    mapped     claim the guest range; get clusters; write the data and what surrounds it in its clusters; then the L2
-               entries; then drop what they pointed to before
-
-The data is in the file before an entry points to it: a killed process leaves old or new content, never neither.
+in place   entries with COPIED, allocated after the last freeze: the data goes straight to its place
+mapped     claim the guest range; get clusters; write the data and what surrounds it in its clusters; then the L2
+           entries, at once or with the next flush (mapping.py); then drop what they pointed to before
 """
 
 from stillframe.block.qcow2.image import Image
@@ -20,7 +18,14 @@ def write(image: Image, offset: int, data: memoryview) -> None:
         done = _write_in_place(image, offset, data) or _write_mapped(image, offset, data)
         offset += done
         data = data[done:]
-    if image.refcounts.has_many_dropped:
+    _flush_if_due(image)
+
+
+def _flush_if_due(image: Image) -> None:
+    """Keep what waits for a flush within its bounds."""
+    with image.gate.lock:
+        is_due = image.refcounts.has_many_dropped or image.mapping.has_many_deferred
+    if is_due:
         image.flush()
 
 
@@ -108,7 +113,11 @@ def _write_mapped(image: Image, offset: int, data: memoryview) -> int:
             raise
         with image.gate.lock:
             new = [(place + number << bits) | COPIED for number in range(count)]
-            link(image, l1_index, index, entries, new)
+            # New clusters that read as zeroes until the data is in them may stand for zeroes at once.
+            waits = not untouched or not all(
+                _reads_zero(image, entry, first + number) for number, entry in enumerate(entries)
+            )
+            link(image, l1_index, index, entries, new, waits=waits)
             if image.pending is not None:
                 image.pending.note_fresh(l1_index, index, count)
     return length
@@ -196,10 +205,18 @@ def has_backing_data(image: Image, cluster: int) -> bool:
     return image.backing is not None and cluster << image.header.cluster_bits < image.backing.size
 
 
-def link(image: Image, l1_index: int, index: int, old: tuple[int, ...], new: list[int]) -> None:
-    """Write L2 entries of a table that is the image's own, and drop what the old ones pointed to. Lock held."""
+def link(
+    image: Image, l1_index: int, index: int, old: tuple[int, ...], new: list[int], *, waits: bool
+) -> None:
+    """Change L2 entries of a table that is the image's own, and drop what the old ones pointed to. Lock held.
+
+    :param waits: the new clusters' data must be durable first.
+    """
     table = l1_entry(image.world.l1, l1_index) & OFFSET_MASK
-    image.mapping.store(table, index, new)
+    if waits:
+        image.mapping.defer(table, index, new)
+    else:
+        image.mapping.store(table, index, new)
     bits = image.header.cluster_bits
     pending = image.pending
     dropped: list[int] = []
@@ -225,8 +242,7 @@ def unmap(image: Image, first: int, last: int, *, keep_place: bool, reads_zero: 
         stop = min(last, first - index + header.l2_entries - 1)
         _unmap_in_table(image, l1_index, index, first, stop, keep_place, reads_zero)
         first = stop + 1
-    if image.refcounts.has_many_dropped:
-        image.flush()
+    _flush_if_due(image)
 
 
 def _unmap_in_table(
@@ -256,4 +272,4 @@ def _unmap_in_table(
         old = image.mapping.entries(table, index, count)
         for entry in old:
             image.mapping.check(entry)
-        link(image, l1_index, index, old, emptied(old))
+        link(image, l1_index, index, old, emptied(old), waits=False)

@@ -55,13 +55,13 @@ class Engine(Protocol):
     def run_until(self, *, count: int | None, deadline_ns: int | None) -> Exit:
         """Run instructions; come back at an instruction boundary.
 
-        :param count: exactly so many instructions at most; None for no bound of number.
+        :param count: so many instructions, and as many more as complete a straight run of them; None: no bound.
         :param deadline_ns: of the virtual clock; checked between slices, so it is passed by at most one slice. None: no deadline.
         """
         ...
 
     def executed(self) -> int:
-        """Instructions that the last `run_until` executed, exact where it had a `count`."""
+        """Instructions that the last `run_until` executed, exactly; only with `icount`."""
         ...
 
     def kick(self) -> None:

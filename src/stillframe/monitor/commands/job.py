@@ -1,5 +1,6 @@
 """Commands on jobs of any kind."""
 
+from enum import Enum
 from typing import Any
 
 import msgspec
@@ -7,6 +8,14 @@ import msgspec
 from stillframe.jobs import JobStatus
 from stillframe.monitor.host import Host
 from stillframe.monitor.schema import Structure, command, event
+
+
+class JobType(Enum):
+    """Kinds of jobs."""
+
+    SNAPSHOT_LOAD = "snapshot-load"
+    SNAPSHOT_SAVE = "snapshot-save"
+    SNAPSHOT_DELETE = "snapshot-delete"
 
 
 class JobId(Structure):
@@ -19,7 +28,7 @@ class JobInfo(Structure):
     """A job.
 
     :param id: the job's id.
-    :param type: its kind, as "snapshot-save".
+    :param type: its kind.
     :param status: where it is in its life.
     :param current_progress: how much is done, in a unit of the job's own; bytes for snapshots.
     :param total_progress: how much there is to do; it may grow.
@@ -27,7 +36,7 @@ class JobInfo(Structure):
     """
 
     id: str
-    type: str
+    type: JobType
     status: JobStatus
     current_progress: int
     total_progress: int
@@ -52,7 +61,9 @@ def query_jobs(host: Host) -> list[JobInfo]:
     found = []
     for job in host.jobs.query():
         error: dict[str, Any] = {} if job.error is None else {"error": job.error}
-        found.append(JobInfo(job.id, job.type, job.status, job.current_progress, job.total_progress, **error))
+        found.append(
+            JobInfo(job.id, JobType(job.type), job.status, job.current_progress, job.total_progress, **error)
+        )
     return found
 
 

@@ -17,7 +17,8 @@ INTERRUPTS = 0x222
 """Software, timer and external interrupt of S mode, as bits of `mip`, `mie` and `mideleg`."""
 
 _EXCEPTIONS = 0xB1FF
-_SIE, _SPIE, _SPP, _FS, _TW = 1 << 1, 1 << 5, 1 << 8, 3 << 13, 1 << 21
+_SIE, _SPIE, _SPP, _FS = 1 << 1, 1 << 5, 1 << 8, 3 << 13
+_TW = 1 << 29  # the specification has it at bit 21; Unicorn 2.1.4 looks here
 _NOT_ENTERED = ~(_SIE | _SPIE | _SPP)
 _NO_RESERVATION = (1 << 64) - 1
 _WORDS = struct.Struct(f"<{layout.STATE_WORDS}Q")

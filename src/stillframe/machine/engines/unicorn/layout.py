@@ -25,6 +25,8 @@ differs they return None, and the engine keeps to the public functions.
 import ctypes
 import os
 import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from stillframe.machine.engines.unicorn.library import (
@@ -32,7 +34,6 @@ from stillframe.machine.engines.unicorn.library import (
     HOOK_CODE,
     OK,
     PC,
-    PRIV,
     X0,
     Processor,
     register,
@@ -96,64 +97,69 @@ def _is_code_of(path: str, address: int) -> bool:
     return False
 
 
-def _pattern(processor: Processor) -> bytes:
+@contextmanager
+def _pattern(processor: Processor) -> Iterator[bytes]:
+    """The registers hold values that cannot be there by chance; x1 to x31 as bytes. Zero again afterwards."""
     values = [0x5A5A_0000_1111_0000 + number * 0x101 for number in range(1, 32)]
     for number, value in enumerate(values, 1):
         processor.write(X0 + number, value)
-    return struct.pack("<31Q", *values)
+    for number, name in enumerate(_PROBED_CSRS):
+        processor.write(register(name), 0x1234_0000 + number * 0x100)
+    processor.write(PC, 0x5150)
+    try:
+        yield struct.pack("<31Q", *values)
+    finally:
+        for number in range(1, 32):
+            processor.write(X0 + number, 0)
+        for name in _PROBED_CSRS:
+            processor.write(register(name), 0)
+
+
+def _shows(words: Sequence[int], general: bytes) -> bool:
+    """Whether a CPU state is what `_pattern` has put into the registers of a processor in M mode."""
+    placed = all(words[index] == 0x1234_0000 + n * 0x100 for n, index in enumerate(_PROBED_CSRS.values()))
+    return (
+        placed
+        and struct.pack("<31Q", *words[1:32]) == general
+        and words[AT_PC] == 0x5150
+        and words[AT_PRIV] == 3
+    )
 
 
 def context_is_known(processor: Processor) -> bool:
     """Whether `uc_context_save` holds the CPU state where this module says; public functions only. In M mode."""
     if processor.context_size != CONTEXT_HEADER + 8 * STATE_WORDS:
         return False
-    wanted = _pattern(processor)
-    for number, name in enumerate(_PROBED_CSRS):
-        processor.write(register(name), 0x1234_0000 + number * 0x100)
-    processor.write(PC, 0x5150)
-    words = struct.unpack_from(f"<{STATE_WORDS}Q", processor.context(), CONTEXT_HEADER)
-    places = all(words[index] == 0x1234_0000 + n * 0x100 for n, index in enumerate(_PROBED_CSRS.values()))
-    found = struct.pack("<31Q", *words[1:32]) == wanted and words[AT_PC] == 0x5150 and words[AT_PRIV] == 3
-    for number in range(1, 32):
-        processor.write(X0 + number, 0)
-    for name in _PROBED_CSRS:
-        processor.write(register(name), 0)
-    return found and places
+    with _pattern(processor) as general:
+        return _shows(struct.unpack_from(f"<{STATE_WORDS}Q", processor.context(), CONTEXT_HEADER), general)
 
 
 def find_state(processor: Processor) -> memoryview | None:
-    """The CPU state in place, as u64 words, the rdtime callback included; None where it is not where it should be. In M mode."""
+    """The CPU state in place, as u64 words, the rdtime callback included; None where it is not where it should be.
+
+    In M mode.
+    """
     address = _word(processor.handle + _CPU) + _STATE_IN_CPU
     length = 8 * (STATE_WORDS + 1)
-    before = _peek(address, length)
-    if len(before) != length:
-        return None
-    wanted = _pattern(processor)
-    processor.write(PC, 0x5150)
-    for number, name in enumerate(_PROBED_CSRS):
-        processor.write(register(name), 0x1234_0000 + number * 0x100)
-    words = struct.unpack(f"<{STATE_WORDS + 1}Q", _peek(address, length))
-    same = struct.pack(f"<{STATE_WORDS}Q", *words[:STATE_WORDS]) == processor.context()[CONTEXT_HEADER:]
-    places = all(words[index] == 0x1234_0000 + n * 0x100 for n, index in enumerate(_PROBED_CSRS.values()))
-    if not (same and places and struct.pack("<31Q", *words[1:32]) == wanted and words[RDTIME] == 0):
-        return None
-    state = memoryview((ctypes.c_uint64 * (STATE_WORDS + 1)).from_address(address)).cast("B").cast("Q")
-    state[5] = 0x77
-    if processor.read(X0 + 5) != 0x77 or state[AT_PRIV] != processor.read(PRIV):
-        return None
-    for number in range(1, 32):
-        state[number] = 0
-    for name in _PROBED_CSRS:
-        processor.write(register(name), 0)
-    return state
+    with _pattern(processor) as general:
+        found = _peek(address, length)
+        if len(found) != length or found[: 8 * STATE_WORDS] != processor.context()[CONTEXT_HEADER:]:
+            return None
+        words = struct.unpack(f"<{STATE_WORDS + 1}Q", found)
+        if not _shows(words, general) or words[RDTIME] != 0:
+            return None
+        state = memoryview((ctypes.c_uint64 * (STATE_WORDS + 1)).from_address(address)).cast("B").cast("Q")
+        state[5] = 0x77
+        return state if processor.read(X0 + 5) == 0x77 else None
 
 
-def install_counter(processor: Processor, counter: Counter) -> None:
-    """From now on the count of `start` is one of blocks, and a stop is looked for at their starts alone.
-
-    Before anything was run. Only with a `counter` of `find_counter`, which proved the places.
-    """
+def stop_at_blocks(processor: Processor) -> None:
+    """From now on a stop is looked for at the start of blocks alone. Before anything was run, and after `find_counter`."""
     ctypes.c_uint8.from_address(processor.handle + _NO_EXIT).value = 1
+
+
+def count_blocks(processor: Processor, counter: Counter) -> None:
+    """From now on the count of `start` is one of blocks. Before anything was run, and after `stop_at_blocks`."""
     hook = processor.add_hook(HOOK_BLOCK, counter.address)
     ctypes.c_uint64.from_address(processor.handle + _COUNT_HOOK).value = hook
 
@@ -242,7 +248,8 @@ def _find_counter() -> Counter | None:
 def _behaves(counter: Counter) -> bool:
     trial = _Trial()
     try:
-        install_counter(trial.processor, counter)
+        stop_at_blocks(trial.processor)
+        count_blocks(trial.processor, counter)
         trial.processor.write(X0 + _T3, (1 << 64) - 1)
         for stops in range(1, _ROUNDS + 1):
             if not trial.run(1 + stops % 7) or trial.added != trial.processor.read(X0 + _T2):

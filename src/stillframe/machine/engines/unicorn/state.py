@@ -41,7 +41,7 @@ _WORDS = {
 }
 _FIXED = ("priv_ver", "misa", "mhartid", "mideleg", "medeleg")
 _PMP, _PMP_REGIONS = 126, 16
-_ADDRESSING_MODES = (0, 8, 9)
+_ADDRESSING_MODES = (0, 8, 9, 10)
 
 
 class CpuState(Device):

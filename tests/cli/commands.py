@@ -1,0 +1,43 @@
+"""The command line as a user runs it: a process."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    stdout: str
+    stderr: str
+
+
+def stillframe(
+    *arguments: str | Path, cwd: Path | None = None, preexec: Callable[[], None] | None = None
+) -> Outcome:
+    """Run `stillframe` to its end."""
+    run = subprocess.run(
+        [sys.executable, "-m", "stillframe", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        preexec_fn=preexec,
+        env=os.environ | {"LC_ALL": "C.UTF-8"},
+        timeout=60,
+    )
+    return Outcome(run.returncode, run.stdout, run.stderr)
+
+
+def assert_one_sentence(outcome: Outcome, *names: str, code: int = 1) -> None:
+    """A refusal as it should be: what, and what to do; no traceback, nothing on standard output."""
+    assert outcome.code == code, outcome
+    assert outcome.stdout == ""
+    first, *rest = outcome.stderr.splitlines()
+    assert first.startswith("stillframe: ")
+    assert len(rest) <= 2
+    assert all(line.startswith("  ") for line in rest)
+    for name in names:
+        assert name in outcome.stderr, (name, outcome.stderr)

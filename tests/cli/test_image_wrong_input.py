@@ -1,0 +1,239 @@
+"""Wrong input of every kind gets one sentence that names the thing, and leaves nothing behind."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cli.commands import Outcome, assert_one_sentence, stillframe
+from peers import peer
+
+COMMANDS = [
+    ("info",),
+    ("check",),
+    ("snapshot", "list"),
+    ("snapshot", "create", "IMAGE", "tag"),
+    ("snapshot", "apply", "IMAGE", "tag"),
+    ("snapshot", "delete", "IMAGE", "tag"),
+]
+
+
+def on(words: tuple[str, ...], path: Path) -> tuple[str, ...]:
+    """The command with the image where it belongs."""
+    if "IMAGE" not in words:
+        return ("image", *words, str(path))
+    return ("image", *(str(path) if word == "IMAGE" else word for word in words))
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    subprocess.run([peer("qemu-img"), "create", "-q", "-f", "qcow2", str(path), "8M"], check=True)
+    subprocess.run(
+        [peer("qemu-io"), "-c", "write -P 1 0 256k", str(path)], check=True, stdout=subprocess.DEVNULL
+    )
+    return path
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_a_missing_file(words: tuple[str, ...], tmp_path: Path) -> None:
+    path = tmp_path / "nx"
+    assert_one_sentence(stillframe(*on(words, path)), f"Could not open '{path}': No such file or directory")
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_a_directory(words: tuple[str, ...], tmp_path: Path) -> None:
+    assert_one_sentence(stillframe(*on(words, tmp_path)), f"Could not open '{tmp_path}': Is a directory")
+
+
+def test_not_qcow2(tmp_path: Path) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"x" * 100_000)
+    for words in COMMANDS:
+        refused = stillframe(*on(words, path), "-f", "qcow2")
+        assert_one_sentence(refused, "Image is not in qcow2 format")
+    for words in COMMANDS[3:]:
+        assert_one_sentence(stillframe(*on(words, path)), "disk.raw", "cannot keep snapshots")
+    assert_one_sentence(stillframe(*on(("check",), path)), "does not support checks", code=63)
+    assert path.read_bytes() == b"x" * 100_000
+
+
+def test_an_empty_file_is_an_empty_raw_disk(tmp_path: Path) -> None:
+    path = tmp_path / "empty"
+    path.touch()
+    assert "virtual size: 0 B" in stillframe("image", "info", path).stdout
+
+
+@pytest.mark.parametrize("length", [4, 71, 103, 111, 0x10000, 0x20000, 0x30000])
+def test_a_truncated_image(image: Path, length: int) -> None:
+    subprocess.run([peer("qemu-img"), "snapshot", "-c", "tag", str(image)], check=True)
+    os.truncate(image, length)
+    before = image.read_bytes()
+    for words in COMMANDS:
+        outcome = stillframe(*on(words, image))
+        assert "Traceback" not in outcome.stderr, (words, outcome.stderr)
+        if words[0] == "check":
+            assert outcome.code in (1, 2)
+        elif outcome.code:
+            assert_one_sentence(outcome)
+        if outcome.code:
+            assert image.read_bytes() == before
+        else:
+            image.write_bytes(before)
+
+
+def as_nobody(*arguments: str) -> Outcome:
+    """Run `stillframe` without the rights of root, its modules imported before they are given up."""
+    program = (
+        "import os, sys\n"
+        "import stillframe.cli.image, stillframe.cli.main, stillframe.block.graph, stillframe.block.create\n"
+        "import stillframe.block.qcow2, stillframe.block.describe, stillframe.snapshots.group, uuid\n"
+        "import stillframe.block.qcow2.check, stillframe.block.qcow2.repair\n"
+        "if os.getuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        f"sys.argv = ['stillframe', *{list(arguments)!r}]\n"
+        "stillframe.cli.main.main()"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/")
+    return Outcome(run.returncode, run.stdout, run.stderr)
+
+
+@pytest.fixture
+def reachable(image: Path) -> Path:
+    """The image, in directories that everybody may pass."""
+    for directory in (image.parent, *image.parent.parents):
+        if directory.stat().st_uid == os.getuid() and directory != Path("/"):
+            directory.chmod(directory.stat().st_mode | 0o055)
+    return image
+
+
+def test_no_permission_to_read(reachable: Path) -> None:
+    reachable.chmod(0)
+    for words in COMMANDS:
+        refused = as_nobody(*on(words, reachable))
+        assert_one_sentence(
+            refused, f"Could not open '{reachable}': Permission denied", "Check the permissions"
+        )
+
+
+def test_no_permission_to_write(reachable: Path) -> None:
+    reachable.chmod(0o444)
+    before = reachable.read_bytes()
+    assert as_nobody(*on(("info",), reachable)).code == 0
+    assert as_nobody(*on(("check",), reachable)).code == 0
+    for words in (*COMMANDS[3:], ("check", "--repair", "all")):
+        refused = as_nobody(*on(words, reachable))
+        assert_one_sentence(refused, f"Could not open '{reachable}': Permission denied")
+    new = reachable.parent / "new.qcow2"
+    reachable.parent.chmod(0o555)
+    refused = as_nobody("image", "create", str(new), "1M")
+    assert_one_sentence(refused, f"Could not create '{new}': Permission denied")
+    assert reachable.read_bytes() == before
+
+
+def limited_to(size: int):
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return limit
+
+
+def test_no_room_for_a_new_image(tmp_path: Path) -> None:
+    for kind, size in (("qcow2", "10M"), ("raw", "10M")):
+        path = tmp_path / f"new.{kind}"
+        refused = stillframe("image", "create", "-f", kind, path, size, preexec=limited_to(100_000))
+        assert_one_sentence(refused, str(path), "File too large", "Make room")
+        assert not path.exists()
+
+
+def test_no_room_for_a_snapshot_leaves_the_image_as_it_was(image: Path) -> None:
+    assert stillframe("image", "snapshot", "create", image, "older").code == 0
+    size = image.stat().st_size
+    refused = stillframe("image", "snapshot", "create", image, "newer", preexec=limited_to(size))
+    assert_one_sentence(refused, "newer", "File too large", "Make room")
+    names = stillframe("image", "snapshot", "list", image).stdout
+    assert "older" in names
+    assert "newer" not in names
+    check = subprocess.run([peer("qemu-img"), "check", str(image)], stdout=subprocess.PIPE)
+    assert check.returncode in (0, 3)
+    assert stillframe("image", "snapshot", "apply", image, "older").code == 0
+    read = [peer("qemu-io"), "-c", "read -P 1 0 256k", str(image)]
+    assert b"verification failed" not in subprocess.run(read, stdout=subprocess.PIPE, check=True).stdout
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_file_system(tmp_path: Path) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(tmp_path)]
+    mounted = subprocess.run(mount, stderr=subprocess.PIPE)
+    if mounted.returncode:
+        pytest.skip("this host mounts no tmpfs")
+    try:
+        path = tmp_path / "disk.qcow2"
+        assert stillframe("image", "create", path, "1G").code == 0
+        (tmp_path / "filler").write_bytes(bytes((2 << 20) - path.stat().st_blocks * 512))
+        refused = stillframe("image", "snapshot", "create", path, "tag")
+        assert_one_sentence(refused, "tag", "No space left on device", "Make room")
+        (tmp_path / "filler").unlink()
+        assert stillframe("image", "check", path).code == 0
+        assert stillframe("image", "snapshot", "create", path, "tag").code == 0
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected", "code"),
+    [
+        (("create", "x.qcow2"), "needs a size", 1),
+        (("create", "x.qcow2", "10X"), "'10X' is not a size", 2),
+        (("create", "x.qcow2", "--", "-5"), "'-5' is not a size", 2),
+        (("create", "x.qcow2", "1_0"), "'1_0' is not a size", 2),
+        (("create", "x.qcow2", "9E"), "Invalid image size specified", 1),
+        (("create", "x.qcow2", "1E"), "64 PiB", 1),
+        (("create", "x.raw", "-f", "raw", "9E"), "Invalid image size specified", 1),
+        (("create", "x.qcow2", "-f", "vmdk", "1M"), "vmdk", 2),
+        (("create", "x.qcow2", "-o", "foo=1", "1M"), "Invalid parameter 'foo'", 1),
+        (("create", "x.qcow2", "-o", "cluster_size=300", "1M"), "power of two", 1),
+        (("create", "x.qcow2", "-o", "cluster_size=", "1M"), "cluster_size", 1),
+        (("create", "x.qcow2", "-o", "compat=2", "1M"), "compat", 1),
+        (("create", "x.qcow2", "-o", "refcount_bits=3", "1M"), "Refcount width", 1),
+        (("create", "x.qcow2", "-o", "lazy_refcounts=maybe", "1M"), "'on' or 'off'", 1),
+        (("create", "x.qcow2", "-o", "extended_l2=on", "1M"), "'extended_l2'", 1),
+        (("create", "x.qcow2", "-o", "preallocation=full", "1M"), "'preallocation'", 1),
+        (("create", "x.qcow2", "-b", "nx"), "without backing format", 1),
+        (("create", "x.qcow2", "-b", "nx", "-F", "qcow2"), "Could not open", 1),
+        (("create", "x.qcow2", "-F", "qcow2", "1M"), "without backing file", 1),
+        (("create", "x.raw", "-f", "raw", "-b", "nx", "1M"), "no backing file", 1),
+        (("create", "no/such/x.qcow2", "1M"), "No such file or directory", 1),
+        (("create",), "FILE", 2),
+        (("info",), "FILE", 2),
+        (("info", "a", "b"), "b", 2),
+        (("nosuch",), "nosuch", 2),
+        (("snapshot", "create", "x"), "TAG", 2),
+        (("check", "--repair", "some", "x"), "some", 2),
+        (("check", "--repair", "all", "-U", "x"), "--force-share", 2),
+    ],
+)
+def test_wrong_words(words: tuple[str, ...], expected: str, code: int, tmp_path: Path) -> None:
+    assert_one_sentence(stillframe("image", *words, cwd=tmp_path), expected, code=code)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_file_is_kept_unless_its_end_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "precious"
+    path.write_bytes(b"precious")
+    assert_one_sentence(stillframe("image", "create", path, "1M"), str(path), "exists already")
+    assert path.read_bytes() == b"precious"
+    assert stillframe("image", "create", "--force", path, "1M").code == 0
+    # One that fails on an existing file leaves the file, whatever is in it.
+    refused = stillframe("image", "create", "--force", path, "1M", preexec=limited_to(4096))
+    assert_one_sentence(refused, "File too large")
+    assert path.exists()
+
+
+def test_an_image_is_not_put_over_itself(image: Path) -> None:
+    before = image.read_bytes()
+    refused = stillframe("image", "create", "--force", "-b", image, "-F", "qcow2", image)
+    assert_one_sentence(refused, "same filename as the backing file")
+    assert image.read_bytes() == before

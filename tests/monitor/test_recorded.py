@@ -1,0 +1,186 @@
+"""A recorded dialogue with QEMU 10.0, held with our monitor: the same replies, byte for byte, but for what is
+named here.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from monitor.harness import Client
+from stillframe.monitor.schema import COMMANDS, EVENTS
+
+TRANSCRIPTS = Path(__file__).resolve().parent.parent / "data" / "transcripts"
+
+# Out-of-band execution is not offered yet.
+NO_OOB = {
+    '{"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}': {
+        "error": {"class": "GenericError", "desc": "Capability oob not available"}
+    },
+    '{"exec-oob":5}': {
+        "error": {"class": "GenericError", "desc": "QMP input member 'exec-oob' is unexpected"}
+    },
+}
+NO_OOB |= dict.fromkeys(
+    (
+        '{"exec-oob":"qmp_capabilities"}',
+        '{"exec-oob":"query-name"}',
+        '{"exec-oob":"x-oob-test"}',
+        '{"execute":"query-name","exec-oob":"query-name"}',
+    ),
+    NO_OOB['{"exec-oob":5}'],
+)
+
+# What the recording shows is not what was sent: its file holds text, and these were not.
+NOT_TEXT = '"ÿþ"'
+
+
+def exchanges(name: str) -> Iterator[tuple[str, list[bytes]]]:
+    """Each line that was sent, with the lines that came before the next one."""
+    sent: str | None = None
+    came: list[bytes] = []
+    for record in map(json.loads, (TRANSCRIPTS / name).read_text().splitlines()):
+        if record["dir"] == "in":
+            if sent is not None:
+                yield sent, came
+            sent, came = record["line"], []
+        elif record["dir"] == "out" and sent is not None:
+            came.append((record["line"] + "\n").encode())
+    if sent is not None:
+        yield sent, came
+
+
+def without_time(line: bytes) -> bytes:
+    if b'"timestamp"' not in line:
+        return line
+    return b'{"timestamp": {}' + line[line.index(b"}") + 1 :]
+
+
+def command_of(line: str) -> str | None:
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return message.get("execute") if isinstance(message, dict) else None
+
+
+def unknown_here(line: str, came: list[bytes]) -> bool:
+    name = command_of(line)
+    return isinstance(name, str) and name not in COMMANDS and b"CommandNotFound" not in b"".join(came)
+
+
+def test_a_dialogue_recorded_with_qemu_goes_the_same_with_us(
+    monitor: tuple[Any, Any], record_property: Any
+) -> None:
+    skipped, compared, negotiating = [], 0, True
+    with Client(monitor[1]) as client:
+        assert set(client.message()) == {"QMP"}
+        for sent, came in exchanges("proto-q10.jsonl"):
+            name = command_of(sent)
+            if sent == NOT_TEXT or unknown_here(sent, came) or name in ("query-commands", "query-qmp-schema"):
+                skipped.append(sent[:80])
+                continue
+            if negotiating and came and b"already complete" in came[0]:
+                # Where QEMU's negotiation ended with the line that asked for oob, ours ends here.
+                client.send('{"execute":"qmp_capabilities"}\n')
+                assert client.message() == {"return": {}}
+                negotiating = False
+            client.send(sent.encode("latin-1" if sent == "ÿ" else "utf-8") + b"\n")
+            if sent in NO_OOB:
+                came = [json.dumps(NO_OOB[sent]).encode() + b"\r\n"]
+            for line in came:
+                expected = line
+                if name == "query-version":
+                    expected = line.replace(b"Debian 1:10.0.13+ds-0+deb13u1", b"stillframe-0.1.0")
+                ours = client.line()
+                assert without_time(ours) == without_time(expected), sent[:200]
+                compared += 1
+        assert client.line() == b""
+    record_property("compared", compared)
+    assert compared > 1100
+    # Commands that we do not have, and the two whose answers must differ; nothing else may hide among them.
+    assert len(skipped) == 12, skipped
+
+
+# The schema
+
+
+def recorded_schema() -> dict[str, dict[str, Any]]:
+    for sent, came in exchanges("proto-q10.jsonl"):
+        if "query-qmp-schema" in sent:
+            return {entry["name"]: entry for entry in json.loads(came[0])["return"]}
+    raise AssertionError("the recording has no schema")
+
+
+def unfolded(schema: dict[str, dict[str, Any]], name: str, depth: int = 0) -> Any:
+    """A type with its members' types in the place of their numbers."""
+    entry = schema[name]
+    kind = entry["meta-type"]
+    if kind == "builtin":
+        return entry["json-type"]
+    if kind == "array":
+        return [unfolded(schema, entry["element-type"], depth)]
+    if kind == "enum":
+        return set(entry["values"])
+    return {
+        member["name"]: (unfolded(schema, member["type"], depth + 1), "default" in member)
+        for member in entry["members"]
+        if depth < 6
+    }
+
+
+# Members of QEMU's that have no meaning here (limits of throughput, processors), each by its command; and
+# enumerations of which we know some words only.
+THEIRS_ALONE = {
+    "query-named-block-nodes",
+    "query-block",
+    "blockdev-add",
+    "query-jobs",
+    "query-qmp-schema",
+    "BLOCK_IO_ERROR",
+    "query-status",
+}
+
+
+@pytest.mark.parametrize("name", sorted([*COMMANDS, *EVENTS]))
+def test_what_is_declared_has_the_members_and_types_of_qemu(name: str, client: Client) -> None:
+    theirs = recorded_schema()
+    ours = {entry["name"]: entry for entry in client.execute("query-qmp-schema")}
+    if name not in theirs:
+        pytest.fail(f"QEMU 10.0 has no {name}")
+    for role in ("arg-type", "ret-type"):
+        if role not in theirs[name]:
+            continue
+        mine, real = unfolded(ours, ours[name][role]), unfolded(theirs, theirs[name][role])
+        if name in THEIRS_ALONE:
+            covers(real, mine, name)
+        else:
+            assert mine == real
+    assert ours[name]["meta-type"] == theirs[name]["meta-type"]
+    assert ours[name].get("features") == theirs[name].get("features")
+
+
+def covers(real: Any, mine: Any, path: str) -> None:
+    """Whether a client that knows QEMU's declaration understands all that ours says."""
+    if isinstance(mine, dict):
+        for member, (type_of, _) in mine.items():
+            assert member in real, f"{path}.{member}"
+            covers(real[member][0], type_of, f"{path}.{member}")
+    elif isinstance(mine, list):
+        covers(real[0], mine[0], path)
+    elif isinstance(mine, set):
+        assert mine <= real, path
+
+
+def test_every_type_that_the_schema_names_is_in_it(client: Client) -> None:
+    entries = client.execute("query-qmp-schema")
+    names = [entry["name"] for entry in entries]
+    assert len(names) == len(set(names))
+    for entry in entries:
+        used = [entry[role] for role in ("arg-type", "ret-type", "element-type") if role in entry]
+        used += [member["type"] for member in entry.get("members", ()) if "type" in member]
+        used += [case["type"] for case in entry.get("variants", ())]
+        assert set(used) <= set(names), entry
+    assert {entry["name"] for entry in client.execute("query-commands")} == set(COMMANDS)

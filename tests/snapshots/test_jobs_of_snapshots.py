@@ -1,0 +1,155 @@
+"""Snapshot jobs over a real socket: paused, cancelled, queued and ended with the machine, and nothing is left
+of what was undone."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from snapshots.hosts import qemu_img_check
+from snapshots.servers import Server, qemu_img, server
+from stillframe.machine.machine import Machine
+from stillframe.machine.memory import GuestMemory, MemoryBlock
+
+RAM = 96 << 20
+
+
+def with_memory(machine: Machine) -> None:
+    block = MemoryBlock.allocate("ram", 0, RAM, is_ram=True)
+    chunk = os.urandom(1 << 20)
+    for offset in range(0, RAM, len(chunk)):
+        block.view[offset : offset + len(chunk)] = chunk
+    machine.memory = GuestMemory((block,))
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "image.qcow2"
+    qemu_img("create", "-f", "qcow2", path, "16M")
+    yield path
+    qemu_img_check(path)
+
+
+@pytest.fixture
+def found(tmp_path: Path, image: Path) -> Iterator[Server]:
+    with server("stillframe", tmp_path, equip=with_memory) as running:
+        running.add(0, image)
+        yield running
+
+
+NODE = {"vmstate": "diskfmt0", "devices": ["diskfmt0"]}
+
+
+def paused_save(found: Server, job: str = "j", tag: str = "s") -> list[str]:
+    """A save held somewhere in the middle of the memory."""
+    found.send("snapshot-save", job_id=job, tag=tag, **NODE)
+    found.send("job-pause", id=job)
+    return found.until(job, "paused")
+
+
+def test_a_save_is_paused_and_goes_on(found: Server) -> None:
+    assert "j running" in paused_save(found)
+    before = found.ask("query-jobs")[0]
+    assert before["status"] == "paused"
+    assert 0 <= before["current-progress"] < before["total-progress"] == RAM + 1
+    assert found.ask("query-jobs")[0]["current-progress"] == before["current-progress"]
+    assert found.tags() == []
+    found.send("job-resume", id="j")
+    found.until("j", "concluded")
+    after = found.ask("query-jobs")[0]
+    assert "error" not in after
+    assert after["current-progress"] == after["total-progress"] == RAM + 1
+    assert found.tags() == [("1", "s")]
+
+
+def test_a_cancelled_save_leaves_nothing_and_the_guest_running(found: Server, image: Path) -> None:
+    events = paused_save(found)
+    found.send("job-cancel", id="j")
+    events += found.until("j", "concluded")
+    assert events.count("STOP") == events.count("RESUME")
+    assert events[-2:] == ["j aborting", "j concluded"]
+    assert found.ask("query-jobs")[0]["error"] == "Operation canceled"
+    assert found.tags() == []
+    assert found.status() == "running"
+    assert image.stat().st_blocks * 512 < 4 << 20
+    assert found.lines.execute("job-cancel", id="j")["class"] == "GenericError"
+
+
+def test_a_cancelled_load_leaves_the_guest_as_it_was(found: Server) -> None:
+    assert found.save("s").error is None
+    found.send("snapshot-load", job_id="j", tag="s", **NODE)
+    found.send("job-pause", id="j")
+    events = found.until("j", "paused")
+    found.send("job-cancel", id="j")
+    events += found.until("j", "concluded")
+    assert "STOP" not in events
+    assert found.ask("query-jobs")[0]["error"] == "Operation canceled"
+    assert found.status() == "running"
+
+
+def test_jobs_of_a_machine_take_turns_in_the_order_of_their_arrival(found: Server) -> None:
+    paused_save(found, "first", "one")
+    found.send("snapshot-load", job_id="second", tag="one", **NODE)
+    found.send("snapshot-delete", job_id="third", tag="one", devices=["diskfmt0"])
+    found.until("third", "created")
+    states = {job["id"]: job["status"] for job in found.ask("query-jobs")}
+    assert states == {"third": "created", "second": "created", "first": "paused"}
+    found.send("job-resume", id="first")
+    events = found.until("third", "concluded")
+    turns = [event for event in events if event.split()[-1] in ("running", "concluded")]
+    assert turns[turns.index("first concluded") :] == [
+        "first concluded",
+        "second running",
+        "second concluded",
+        "third running",
+        "third concluded",
+    ]
+    assert all("error" not in job for job in found.ask("query-jobs"))
+    assert found.tags() == []
+
+
+def test_a_job_that_waits_for_its_turn_can_be_cancelled(found: Server) -> None:
+    paused_save(found, "first", "one")
+    found.send("snapshot-delete", job_id="second", tag="one", devices=["diskfmt0"])
+    found.until("second", "created")
+    found.send("job-cancel", id="second")
+    found.until("second", "concluded")
+    found.send("job-resume", id="first")
+    found.until("first", "concluded")
+    assert found.tags() == [("1", "one")]
+
+
+def test_a_node_in_use_by_a_job_cannot_be_removed(found: Server) -> None:
+    paused_save(found)
+    refused = found.lines.execute("blockdev-del", node_name="diskfmt0")
+    assert refused["desc"] == "Node diskfmt0 is in use"
+    found.send("job-cancel", id="j")
+    found.until("j", "concluded")
+    found.ask("blockdev-del", node_name="diskfmt0")
+
+
+@pytest.mark.parametrize("word", ["stop", "cont"])
+def test_what_is_asked_of_the_guest_during_a_save_holds_after_it(found: Server, word: str) -> None:
+    paused_save(found)
+    found.ask(word)
+    found.send("job-resume", id="j")
+    found.until("j", "concluded")
+    assert found.status() == ("paused" if word == "stop" else "running")
+
+
+def test_quitting_during_a_save_leaves_nothing_of_it(tmp_path: Path, image: Path) -> None:
+    with server("stillframe", tmp_path, equip=with_memory) as found:
+        found.add(0, image)
+        paused_save(found)
+        found.ask("quit")
+    assert qemu_img("snapshot", "-l", image) == ""
+    qemu_img_check(image)
+
+
+def test_the_human_commands_wait_for_their_turn(found: Server) -> None:
+    assert found.save("one").error is None
+    found.send("snapshot-save", job_id="j", tag="two", **NODE)
+    found.send("human-monitor-command", command_line="delvm one")
+    found.until("j", "concluded")
+    assert [name for _, name in found.tags()] == ["two"]
