@@ -114,6 +114,8 @@ def measure(runner: Runner) -> dict[str, float]:
     with _shell(runner) as guest:
         figures = {"boot": time.perf_counter() - started}
         _timed(guest, f"dd if=/dev/urandom of=/tmp/data bs=1M count={_HASHED_MIB} 2>/dev/null")
+        guest.send("stat -c size=%s /tmp/data")
+        guest.expect(rf"^size={_HASHED_MIB << 20}\r?\n")
         figures["sha256"] = _timed(guest, "sha256sum /tmp/data")
         loop = f"i=0; while [ $i -lt {_FORKS} ]; do /bin/true; i=$((i+1)); done"
         figures["fork"] = _timed(guest, loop)

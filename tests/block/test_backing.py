@@ -204,7 +204,7 @@ def test_what_an_image_names_is_opened_only_if_it_is_a_plain_image(
     if not name:
         assert top(graph, path).read(0, 1) == b"\0"
         return
-    with pytest.raises((InvalidRequest, Unsupported), match="^Could not open backing file: "):
+    with pytest.raises((InvalidRequest, Unsupported), match=r"^Could not open backing file: "):
         top(graph, path)
     assert [node.node_name for node in graph.nodes()] == ["secret-node"]
 
@@ -212,5 +212,5 @@ def test_what_an_image_names_is_opened_only_if_it_is_a_plain_image(
 def test_a_backing_name_cannot_reach_a_device_or_a_directory(graph: BlockGraph, tmp_path: Path) -> None:
     for name in ("/dev/null", "/dev/tty", str(tmp_path)):
         path = overlay(tmp_path / f"top{name.count('/')}{len(name)}.qcow2", name, "raw")
-        with pytest.raises(InvalidRequest, match="^Could not open backing file: "):
+        with pytest.raises(InvalidRequest, match=r"^Could not open backing file: "):
             top(graph, path)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import subprocess
 import threading
 from pathlib import Path
 
@@ -9,7 +10,16 @@ import pytest
 
 from stillframe.block.file import FileNode, remove_file
 from stillframe.block.node import ExtentKind
-from stillframe.errors import AlreadyExists, InvalidRequest, IOFailed, NoSpace, NotFound, Refused
+from stillframe.errors import (
+    AlreadyExists,
+    InUse,
+    InvalidRequest,
+    IOFailed,
+    NoSpace,
+    NotFound,
+    Refused,
+    Unsupported,
+)
 
 MIB = 1 << 20
 
@@ -222,3 +232,27 @@ def test_descriptors_are_not_inherited_and_not_left_open(tmp_path: Path) -> None
         with pytest.raises(Refused):
             FileNode("file", name)
     assert open_files() == before
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="a loop device needs root")
+def test_a_block_device_is_as_good_as_a_file(tmp_path: Path) -> None:
+    backing = tmp_path / "backing"
+    backing.write_bytes(bytes(MIB))
+    made = subprocess.run(["losetup", "--find", "--show", str(backing)], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"this host gives no loop device: {made.stderr.strip()}")
+    device = made.stdout.strip()
+    try:
+        node = FileNode("device", device)
+        assert (node.driver, node.size) == ("host_device", MIB)
+        node.write(5000, b"x" * 50_000)
+        node.write_zeroes(10_000, 20_000)
+        assert node.read(5000, 50_000) == b"x" * 5000 + bytes(20_000) + b"x" * 25_000
+        with pytest.raises(Unsupported):
+            node.truncate(2 * MIB)
+        with pytest.raises(InUse):
+            FileNode("other", device)
+        node.close()
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+    assert backing.read_bytes()[5000:10_000] == b"x" * 5000

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from block.qemu_dialogue import QemuBlockLayer, QemuError
 from peers import QEMU_VERSIONS, peer
-
 from stillframe.block.describe import named_block_node_json
 from stillframe.block.graph import BlockGraph
 from stillframe.errors import InUse, InvalidRequest, NotFound, Refused, StillframeError
@@ -263,7 +263,7 @@ def test_a_failed_add_leaves_nothing_open(graph: BlockGraph, images: Path) -> No
 def test_a_node_with_a_device_or_a_job_is_not_closed(graph: BlockGraph) -> None:
     node = graph.blockdev_add(null(node_name="n"))
     for use in (graph.use(node, "disk0", writable=True), graph.hold(node, "job0")):
-        with pytest.raises(InUse, match="^Node n is in use$"):
+        with pytest.raises(InUse, match=r"^Node n is in use$"):
             graph.blockdev_del("n")
         use.release()
         use.release()
@@ -280,8 +280,8 @@ def test_two_writing_devices_on_one_node_are_refused(graph: BlockGraph, images: 
             graph.use(node, "disk1", writable=True)
         assert str(refused.value) == (
             "Permission conflict on node 'q': permissions 'write' are both required by block device 'disk0' "
-            "(uses node 'q' as 'root' child) and unshared by block device 'disk1' (uses node 'q' as 'root'
-            child)."
+            "(uses node 'q' as 'root' child) and unshared by block device 'disk1' "
+            "(uses node 'q' as 'root' child)."
         )
         with pytest.raises(InUse, match="Permission conflict on node 'f'"):
             graph.use(graph.find("f"), "disk1", writable=True)
@@ -291,7 +291,7 @@ def test_two_writing_devices_on_one_node_are_refused(graph: BlockGraph, images: 
 
 def test_a_writing_device_needs_writable_nodes_down_to_the_file(graph: BlockGraph, images: Path) -> None:
     node = graph.blockdev_add(raw(file("d.raw", read_only=True), node_name="r"))
-    with pytest.raises(Refused, match="^Block node is read-only$"):
+    with pytest.raises(Refused, match=r"^Block node is read-only$"):
         graph.use(node, "disk0", writable=True)
     with graph.use(node, "disk0", writable=False):
         pass
@@ -314,6 +314,43 @@ def test_closing_the_graph_keeps_what_was_written(graph: BlockGraph, images: Pat
     assert graph.nodes() == ()
     again = graph.blockdev_add(qcow2("top.qcow2", node_name="top"))
     assert again.read(12345, 4) == b"kept"
+
+
+@pytest.mark.parametrize("discard", ["ignore", "off", "unmap", "on", None])
+def test_a_guests_discards_reach_the_file_only_where_asked(
+    graph: BlockGraph, images: Path, discard: str | None
+) -> None:
+    chosen = {} if discard is None else {"discard": discard}
+    for name, options in (("q", qcow2("a.qcow2")), ("r", raw(file("d.raw")))):
+        node = graph.blockdev_add({**options, "node-name": name, **chosen})
+        node.write(0, b"x" * (1 << 20))
+        node.flush()
+        node.discard(0, 1 << 20)
+        expected = b"\0" if discard in ("unmap", "on") else b"x"
+        assert node.read(0, 1) == expected
+
+
+def test_an_image_may_be_looked_at_while_others_write_it(graph: BlockGraph, images: Path) -> None:
+    writer = graph.blockdev_add(qcow2("a.qcow2", node_name="writer"))
+    writer.write(0, b"x")
+    with pytest.raises(InUse):
+        graph.blockdev_add(qcow2("a.qcow2", node_name="reader", read_only=True))
+    graph.blockdev_add(qcow2("a.qcow2", node_name="reader", read_only=True, force_share=True))
+    assert subprocess.run([peer("qemu-io"), "-c", "write 0 1", "a.qcow2"]).returncode != 0
+
+
+def test_auto_read_only_opens_what_may_not_be_written(graph: BlockGraph, images: Path) -> None:
+    os.chmod("d.raw", 0o444)
+    os.chmod(".", 0o755)
+    nobody = 65534 if os.geteuid() == 0 else os.geteuid()
+    before = os.geteuid()
+    os.seteuid(nobody)
+    try:
+        with pytest.raises(Refused, match="Permission denied"):
+            graph.blockdev_add(file("d.raw", node_name="f"))
+        assert graph.blockdev_add(file("d.raw", node_name="f", auto_read_only=True)).read_only
+    finally:
+        os.seteuid(before)
 
 
 def test_looking_does_not_wait_for_opening(graph: BlockGraph, images: Path) -> None:

@@ -1,11 +1,17 @@
 """The command line as a user runs it: a process."""
 
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
+
+from stillframe.cli.main import main
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,18 @@ def stillframe(
         timeout=60,
     )
     return Outcome(run.returncode, run.stdout, run.stderr)
+
+
+def in_process(*arguments: str | Path) -> Outcome:
+    """The same without a process of its own, ten times as fast, for the many ways to be wrong."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    before, sys.argv = sys.argv, ["stillframe", *map(str, arguments)]
+    try:
+        with redirect_stdout(stdout), redirect_stderr(stderr), pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        sys.argv = before
+    return Outcome(int(str(ended.value.code)), stdout.getvalue(), stderr.getvalue())
 
 
 def assert_one_sentence(outcome: Outcome, *names: str, code: int = 1) -> None:

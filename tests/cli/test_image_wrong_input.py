@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.commands import Outcome, assert_one_sentence, stillframe
+from cli.commands import Outcome, assert_one_sentence, in_process, stillframe
 from peers import peer
 
 COMMANDS = [
@@ -41,30 +41,30 @@ def image(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("words", COMMANDS)
 def test_a_missing_file(words: tuple[str, ...], tmp_path: Path) -> None:
     path = tmp_path / "nx"
-    assert_one_sentence(stillframe(*on(words, path)), f"Could not open '{path}': No such file or directory")
+    assert_one_sentence(in_process(*on(words, path)), f"Could not open '{path}': No such file or directory")
 
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_a_directory(words: tuple[str, ...], tmp_path: Path) -> None:
-    assert_one_sentence(stillframe(*on(words, tmp_path)), f"Could not open '{tmp_path}': Is a directory")
+    assert_one_sentence(in_process(*on(words, tmp_path)), f"Could not open '{tmp_path}': Is a directory")
 
 
 def test_not_qcow2(tmp_path: Path) -> None:
     path = tmp_path / "disk.raw"
     path.write_bytes(b"x" * 100_000)
     for words in COMMANDS:
-        refused = stillframe(*on(words, path), "-f", "qcow2")
+        refused = in_process(*on(words, path), "-f", "qcow2")
         assert_one_sentence(refused, "Image is not in qcow2 format")
     for words in COMMANDS[3:]:
-        assert_one_sentence(stillframe(*on(words, path)), "disk.raw", "cannot keep snapshots")
-    assert_one_sentence(stillframe(*on(("check",), path)), "does not support checks", code=63)
+        assert_one_sentence(in_process(*on(words, path)), "disk.raw", "cannot keep snapshots")
+    assert_one_sentence(in_process(*on(("check",), path)), "does not support checks", code=63)
     assert path.read_bytes() == b"x" * 100_000
 
 
 def test_an_empty_file_is_an_empty_raw_disk(tmp_path: Path) -> None:
     path = tmp_path / "empty"
     path.touch()
-    assert "virtual size: 0 B" in stillframe("image", "info", path).stdout
+    assert "virtual size: 0 B" in in_process("image", "info", path).stdout
 
 
 @pytest.mark.parametrize("length", [4, 71, 103, 111, 0x10000, 0x20000, 0x30000])
@@ -73,7 +73,7 @@ def test_a_truncated_image(image: Path, length: int) -> None:
     os.truncate(image, length)
     before = image.read_bytes()
     for words in COMMANDS:
-        outcome = stillframe(*on(words, image))
+        outcome = in_process(*on(words, image))
         assert "Traceback" not in outcome.stderr, (words, outcome.stderr)
         if words[0] == "check":
             assert outcome.code in (1, 2)
@@ -215,8 +215,11 @@ def test_a_full_file_system(tmp_path: Path) -> None:
         (("check", "--repair", "all", "-U", "x"), "--force-share", 2),
     ],
 )
-def test_wrong_words(words: tuple[str, ...], expected: str, code: int, tmp_path: Path) -> None:
-    assert_one_sentence(stillframe("image", *words, cwd=tmp_path), expected, code=code)
+def test_wrong_words(
+    words: tuple[str, ...], expected: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_one_sentence(in_process("image", *words), expected, code=code)
     assert list(tmp_path.iterdir()) == []
 
 

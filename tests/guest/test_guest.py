@@ -24,9 +24,9 @@ def disk(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("entropy", ["", "period=20"])
-def test_an_undisturbed_guest_finds_nothing_bad(runner: str, disk: Path, entropy: str) -> None:
-    with GuestProcess(argv(runner, GUEST, disk=disk, append=entropy)) as guest:
+@pytest.mark.parametrize("arguments", ["", "period=20"])
+def test_an_undisturbed_guest_finds_nothing_bad(runner: str, disk: Path, arguments: str) -> None:
+    with GuestProcess(argv(runner, GUEST, disk=disk, append=arguments)) as guest:
         boot = guest.expect(r"^boot 1 nonce=([0-9a-f]{16}) from=\S*time memory=128 pattern=32 disks=1")
         beats = [guest.heartbeat() for _ in range(12)]
         assert [beat.number for beat in beats] == list(range(1, 13))
@@ -112,7 +112,7 @@ def test_somebody_elses_disk_is_left_alone(runner: str, disk: Path) -> None:
 
 @pytest.mark.parametrize("runner", ["qemu 10.0", "unicorn"])
 def test_flash_is_read_programmed_erased_and_kept_in_its_file(runner: str, tmp_path: Path) -> None:
-    # QEMU 7.2 starts a flash that has a file as firmware, so it cannot take part.
+    # On QEMU 7.2 the firmware starts a flash bank that has a file, not the kernel: it cannot take part.
     flash = tmp_path / "vars.raw"
     flash.write_bytes(b"\xff" * (32 << 20))
     with GuestProcess(argv(runner, GUEST, flash=flash)) as guest:

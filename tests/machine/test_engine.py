@@ -26,8 +26,8 @@ def any_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return str(request.param)
 
 
-def amoadd_under_timer() -> Program:
-    """Adds to COUNTER with amoadd and to s2, forever; a timer interrupt every 5 µs counts INTERRUPTS."""
+def amoadd_under_timer(period: int = 50) -> Program:
+    """Adds to COUNTER with amoadd and to s2, forever; a timer interrupt every `period` ticks counts INTERRUPTS."""
     p = Program()
     p.la("t0", "trap")
     p.csrw("stvec", "t0")
@@ -49,15 +49,15 @@ def amoadd_under_timer() -> Program:
     p.addi("t2", "t2", 1)
     p.store("t2", "t1")
     p.csrr("a0", "time")
-    p.addi("a0", "a0", 50)
+    p.addi("a0", "a0", period)
     p.sbi(TIME)
     p.sret()
     return p
 
 
 def test_amoadd_loop_stopped_ten_thousand_times_counts_exactly(any_path: str, tmp_path: Path) -> None:
-    stops = 10_000 if any_path == "direct" else 500
-    with machine(tmp_path, amoadd_under_timer()) as (built, _, _):
+    stops, period = (10_000, 50) if any_path == "direct" else (500, 2000)
+    with machine(tmp_path, amoadd_under_timer(period)) as (built, _, _):
         built.start(paused=True)
         engine, clock = built.engine, built.clock
         assert isinstance(engine, UnicornEngine)
@@ -70,7 +70,7 @@ def test_amoadd_loop_stopped_ten_thousand_times_counts_exactly(any_path: str, tm
             in_register = cpu.save_state()["gpr"][18]  # type: ignore[index]
             assert 0 <= word(built, COUNTER) - in_register <= 1, "between the two adds, at most"
         assert word(built, COUNTER) > stops
-        assert word(built, INTERRUPTS) > stops // 20
+        assert word(built, INTERRUPTS) > stops // 50
 
 
 def test_boundaries_asked_for_by_other_threads_lose_nothing(tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_unicorn_of_another_layout_is_refused_only_where_nothing_public_would_do
     with pytest.raises(Unsupported, match="cannot be counted"):
         UnicornEngine(VirtualClock(icount_shift=1), lambda registers: (0, 0))
     monkeypatch.setattr(layout, "STATE_WORDS", 190)
-    with pytest.raises(Unsupported, match="unicorn==2.1.4|cannot be saved"):
+    with pytest.raises(Unsupported, match="cannot be saved"):
         UnicornEngine(VirtualClock(), lambda registers: (0, 0))
 
 

@@ -28,9 +28,13 @@ PATIENCE = 20.0
 
 
 class Lines:
-    """The other end of a connection: bytes out, lines in."""
+    """The other end of a connection: bytes out, lines in.
 
-    def __init__(self, read_from: int, write_to: int) -> None:
+    :param noisy: the other end prints things of its own in between, as QEMU does on standard output.
+    """
+
+    def __init__(self, read_from: int, write_to: int, *, noisy: bool = False) -> None:
+        self._noisy = noisy
         self._read_from = read_from
         self._write_to = write_to
         self._buffer = b""
@@ -61,6 +65,8 @@ class Lines:
 
     def message(self) -> dict[str, Any]:
         line = self.line()
+        while self._noisy and line and not line.startswith(b"{"):
+            line = self.line()
         assert line, "the connection ended"
         return json.loads(line)
 
@@ -183,7 +189,7 @@ def qemu(program: str, *arguments: str) -> Iterator[Lines]:
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        yield Lines(process.stdout.fileno(), process.stdin.fileno())
+        yield Lines(process.stdout.fileno(), process.stdin.fileno(), noisy=True)
     finally:
         with suppress(OSError):
             process.stdin.close()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from monitor.harness import PATIENCE, Client, Lines, Served, free_port, served
+from monitor.harness import PATIENCE, Client, Served, free_port, served
 from stillframe.errors import AlreadyExists, InUse, InvalidRequest, NotFound, PeerError, Refused
 from stillframe.jobs import JobContext
 from stillframe.monitor import session as session_module
@@ -366,7 +366,7 @@ def test_a_client_that_does_not_read_its_events_loses_its_connection_and_nobody_
 
 
 def test_a_flood_of_one_client_does_not_keep_another_waiting(monitor: tuple[Served, UnixAddress]) -> None:
-    server, address = monitor
+    address = monitor[1]
     with Client(address) as flooder, Client(address) as client:
         flooder.negotiate()
         client.negotiate()
@@ -500,9 +500,7 @@ def test_quit_tells_of_the_end_ends_the_jobs_and_then_answers(
         assert last["data"] == {"id": "done", "status": "null"}
 
 
-def test_what_a_pipe_held_when_its_client_went_is_still_done(
-    real: Lines, monitor: tuple[Served, UnixAddress]
-) -> None:
+def test_what_a_pipe_held_when_its_client_went_is_still_done(monitor: tuple[Served, UnixAddress]) -> None:
     with Client(monitor[1]) as rude:
         rude.negotiate()
         rude.send(b'{"execute":"stop"}')

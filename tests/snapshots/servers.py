@@ -135,3 +135,14 @@ def qemu_img(*arguments: str | Path) -> str:
     )
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
+
+
+def qemu_io(path: Path, *commands: str) -> str:
+    """What qemu-io prints; `read -P` fails it if the pattern differs."""
+    words = [word for command in commands for word in ("-c", command)]
+    run = subprocess.run(
+        [peer("qemu-io"), "-f", "qcow2", *words, str(path)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "Pattern verification failed" not in run.stdout, run.stdout
+    return run.stdout

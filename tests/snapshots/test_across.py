@@ -1,25 +1,13 @@
 """Across the border: stock QEMU loads what stillframe saved, and the reverse, on the same image, with its
 disks."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from peers import QEMU_VERSIONS, peer
+from peers import QEMU_VERSIONS
 from snapshots.hosts import qemu_img_check
-from snapshots.servers import Server, qemu_img, server
-
-
-def qemu_io(path: Path, *commands: str) -> str:
-    """What qemu-io prints; `read -P` fails it if the pattern differs."""
-    words = [word for command in commands for word in ("-c", command)]
-    run = subprocess.run(
-        [peer("qemu-io"), "-f", "qcow2", *words, str(path)], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "Pattern verification failed" not in run.stdout, run.stdout
-    return run.stdout
+from snapshots.servers import Server, qemu_img, qemu_io, server
 
 
 def images(folder: Path) -> tuple[Path, Path]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from snapshots.hosts import qemu_img_check
-from snapshots.servers import SERVERS, Server, qemu_img, server
+from snapshots.servers import SERVERS, Server, qemu_img, qemu_io, server
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "differences.md"
 BOTH = ("diskfmt0", "diskfmt1")
@@ -29,7 +29,8 @@ def two(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
             found.add(number, tmp_path / str(number))
         yield found
     for name in ("0", "1"):
-        qemu_img_check(tmp_path / name)
+        # The harness ends QEMU by a signal, which costs it a leak.
+        qemu_img_check(tmp_path / name, leaks_allowed=request.param != "stillframe")
 
 
 def seen(two: Server, theirs: Any, ours: Any) -> None:
@@ -60,11 +61,7 @@ def test_failed_save_keeps_older(tmp_path: Path) -> None:
         folder.mkdir()
         qemu_img("create", "-f", "qcow2", folder / "0", "16M")
         qemu_img("create", "-f", "qcow2", "-o", "refcount_bits=1", folder / "1", "16M")
-        import subprocess
-
-        from peers import peer
-
-        subprocess.run([peer("qemu-io"), "-c", "write 0 1M", folder / "1"], check=True, capture_output=True)
+        qemu_io(folder / "1", "write -P 1 0 1M")
         with server(kind, folder) as found:
             for number in (0, 1):
                 found.add(number, folder / str(number))
@@ -85,23 +82,27 @@ def test_failed_save_keeps_older(tmp_path: Path) -> None:
         qemu_img_check(folder / "0")
 
 
-def test_create_error_says_why(tmp_path: Path) -> None:
-    test_failed_save_keeps_older(tmp_path)
-
-
-def test_tags_match_by_name(two: Server) -> None:
-    """Ids 1 'a', 2 'b', 3 '1': the tag 1 is the third snapshot, not the first."""
-    for number, tag in enumerate(("a", "b", "1")):
-        assert two.save(tag).error is None
-        two.ask("blockdev-snapshot-internal-sync", device="diskfmt1", name=f"x{number}")
-    assert two.tags() == [("1", "a"), ("2", "b"), ("3", "1")]
-    assert two.load("1").error is None
-    # Which one it was shows in what the machine stands on: the parent of the next snapshot.
-    if two.is_ours:
-        assert two.save("child").error is None
-        images = {each["node-name"]: each for each in two.ask("query-named-block-nodes", flat=True)}
-        assert images["diskfmt0"]["image"]["snapshots"][-1]["name"] == "child"
-    two.ask("quit")
+def test_tags_match_by_name(tmp_path: Path) -> None:
+    """Ids 1 'a', 2 'b', 3 '1', each with its own content: the tag 1 is the third, not the one whose id is
+    1."""
+    for kind in SERVERS[:2]:
+        folder = tmp_path / kind
+        folder.mkdir()
+        image = folder / "image"
+        qemu_img("create", "-f", "qcow2", image, "16M")
+        for number, tag in enumerate(("a", "b", "1"), 1):
+            qemu_io(image, f"write -P {number} 0 64k")
+            with server(kind, folder) as found:
+                found.add(0, image)
+                assert found.save(tag).error is None
+                assert found.tags()[-1] == (str(number), tag)
+                found.ask("quit")
+        with server(kind, folder) as found:
+            found.add(0, image)
+            assert found.load("1").error is None
+            found.ask("quit")
+        qemu_io(image, f"read -P {3 if kind == 'stillframe' else 1} 0 64k")
+        qemu_img_check(image)
 
 
 def test_no_cut_names(two: Server) -> None:
@@ -117,7 +118,6 @@ def test_no_cut_names(two: Server) -> None:
         assert two.delete(long).error is None
         assert names(two, 0) == ["n" * 255]
     assert two.save("n" * 254 + "m").error is None
-    assert two.save("m" * 256).error is None or two.is_ours
 
 
 def test_no_nul_in_names(two: Server) -> None:
@@ -136,6 +136,15 @@ def test_no_node_twice(two: Server) -> None:
     else:
         assert outcome.error is None
         assert names(two, 0) == ["s", "s"]
+    two.ask("blockdev-add", driver="raw", node_name="over", file="diskfmt0")
+    outcome = two.save("t", "diskfmt0", ("diskfmt0", "over"))
+    if two.is_ours:
+        assert outcome.error == "Block device nodes 'diskfmt0' and 'over' are the same image"
+        assert two.save("t", "over", ("over",)).error is None
+        assert names(two, 0) == ["t"]
+    else:
+        assert outcome.error is None
+        assert names(two, 0) == ["s", "s", "t", "t"]
 
 
 def test_failed_load_keeps_running(two: Server) -> None:
@@ -175,18 +184,9 @@ def test_progress_in_bytes(two: Server) -> None:
     seen(two, job["total-progress"] == 1, job["total-progress"] > 1000)
 
 
-def test_no_snapshots_through_filters(two: Server) -> None:
-    two.ask("blockdev-add", driver="raw", node_name="over", file="diskfmt0")
-    outcome = two.save("s", "over", ("over",))
-    if two.is_ours:
-        assert outcome.error == "Device 'over' is writable but does not support snapshots"
-    else:
-        assert outcome.error is None
-        assert names(two, 0) == ["s"]
-
-
 NOT_ONLY_HERE = {
     "all-or-none": "test_faults.py",
+    "create-says-why": "test_failed_save_keeps_older",
     "load-says-why": "test_scenarios.py",
     "jobs-can-be-cancelled": "test_jobs_of_snapshots.py",
     "load-ends-a-shutdown": "test_save_load.py",

@@ -154,7 +154,7 @@ class Snapshots(RuleBasedStateMachine):
 
 TestSnapshots = Snapshots.TestCase
 TestSnapshots.settings = settings(
-    max_examples=25,
+    max_examples=50,
     stateful_step_count=25,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

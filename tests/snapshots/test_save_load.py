@@ -90,6 +90,7 @@ def test_a_snapshot_loads_in_a_machine_that_never_ran(nodes: tuple[Node, Node]) 
     do_save(machine, nodes, "one")
     other = machine_with(Register(value=4), running=False)
     do_load(other, nodes, "one")
+    assert other.clock.ns == nodes[0].info().snapshots[0].vm_clock_ns
     assert memory_of(other) == memory_of(machine)
     assert other.run_state is RunState.PRELAUNCH
 

@@ -173,7 +173,9 @@ def _open_format(structure: Structure, entry: Entry, settled: _Inherited, above:
     from stillframe.block.qcow2 import Qcow2Node
 
     backing = _open_backing(structure, entry, settled, bytes_below, above)
-    entry.node = Qcow2Node(entry.name, bytes_below, read_only=entry.read_only, backing=backing)
+    entry.node = Qcow2Node(
+        entry.name, bytes_below, backing=backing, read_only=entry.read_only, discard=settled.discard
+    )
 
 
 def _child(

@@ -1,12 +1,12 @@
 """The other end of a monitor: `connect(name_or_address)`, for any QMP server, a real QEMU's too.
 
-The protocol is the library qemu.qmp's; here are names of machines, jobs seen through to their end, and one tree of errors.
+The protocol is the library qemu.qmp's; here are names of machines, jobs seen through to their end, and one
+tree of errors.
 """
 
 import asyncio
-import itertools
 import logging
-import os
+import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from stillframe.monitor.addresses import (
 )
 
 _POLL_SECONDS = 0.1
-_numbers = itertools.count()
+_GREETING_SECONDS = 10.0
 
 ProgressListener = Callable[[int, int], None]
 """Called with what is done and what there is to do, in the job's unit."""
@@ -73,8 +73,11 @@ def resolve(target: str) -> Address:
     """
     if target == "stdio" or target.partition(":")[0] in ("unix", "tcp"):
         return parse_address(target)
-    path = machine_socket(target, create=True)
-    if not path.exists():
+    try:
+        path = machine_socket(target, create=False)
+    except NotFound:
+        path = None
+    if path is None or not path.exists():
         names = machine_names()
         known = f"There are: {', '.join(names)}." if names else "None is running under this user."
         raise NotFound(f"There is no machine '{target}'", remedy=known)
@@ -84,8 +87,8 @@ def resolve(target: str) -> Address:
 class Client:
     """A connection to a monitor; use it as `async with connect("box") as box:`.
 
-    One event loop's, not to be shared between threads. Every call may raise `PeerError`: the server answered with an error
-    (`error_class` is its class), or the connection is gone.
+    One event loop's, not to be shared between threads. Every call may raise `PeerError`: the server answered
+    with an error (`error_class` is its class), or the connection is gone.
     """
 
     def __init__(self, target: str) -> None:
@@ -98,10 +101,19 @@ class Client:
     async def __aenter__(self) -> "Client":
         sock = connected_socket(self.address)
         try:
-            await self._qmp.connect(sock)
+            await asyncio.wait_for(self._qmp.connect(sock), _GREETING_SECONDS)
+        except TimeoutError as error:
+            sock.close()
+            raise PeerError(
+                f"'{self.address}' did not greet within {_GREETING_SECONDS:.0f} seconds",
+                remedy="A QEMU serves one client at a time: end the other one.",
+            ) from error
         except ConnectError as error:
             sock.close()
             raise PeerError(f"'{self.address}' did not answer as a QMP server: {error}") from error
+        except BaseException:
+            sock.close()
+            raise
         return self
 
     async def __aexit__(
@@ -151,17 +163,38 @@ class Client:
     async def events(self, *names: str) -> AsyncIterator[AsyncIterator[QmpEvent]]:
         """Listen inside the block to the events named, or to all: `async with box.events("STOP") as events:`.
 
-        The iterator waits for the next event; leaving the block, or cancelling the task, ends the wait.
+        The iterator waits for the next event; cancelling the task ends the wait, and so does the end of the
+        connection.
+
+        :raise PeerError: from the iterator: the connection ended, and all events before that have been given.
         """
         with self._qmp.listener(names or None) as listener:
             yield self._each(listener)
 
     async def _each(self, listener: EventListener) -> AsyncIterator[QmpEvent]:
         while True:
-            message = await listener.get()
+            message = await self._next(listener)
             stamp: Any = message["timestamp"]
             data: Any = message.get("data", {})
             yield QmpEvent(str(message["event"]), data, stamp["seconds"] + stamp["microseconds"] / 1e6)
+
+    async def _next(self, listener: EventListener) -> Any:
+        while listener.empty():
+            if self._qmp.runstate != Runstate.RUNNING:
+                raise PeerError(f"The connection to '{self.address}' ended")
+            changed = asyncio.ensure_future(self._qmp.runstate_changed())
+            came = asyncio.ensure_future(listener.get())
+            try:
+                # Both have to have begun before the state is looked at, or a change in between is never told.
+                await asyncio.sleep(0)
+                if self._qmp.runstate == Runstate.RUNNING:
+                    await asyncio.wait({changed, came}, return_when=asyncio.FIRST_COMPLETED)
+                if came.done():
+                    return came.result()
+            finally:
+                changed.cancel()
+                came.cancel()
+        return await listener.get()
 
     # The machine
 
@@ -211,13 +244,14 @@ class Client:
     ) -> JobState:
         """Start a job, see it through to its end, and dismiss it.
 
-        If the task is cancelled the job is cancelled too, and its end awaited: nothing of it is left behind. Where the
-        job was done before that could be, it is done: the cancellation is taken back and this returns.
+        If the task is cancelled the job is cancelled too, and its end awaited: nothing of it is left behind.
+        Where the job was done before that could be, it is done: the cancellation is taken back and this
+        returns.
 
         :param job_id: chosen where None is given.
         :raise JobFailed: the job's own error. :raise PeerError: it could not be started.
         """
-        job_id = job_id or f"stillframe-{os.getpid()}-{next(_numbers)}"
+        job_id = job_id or f"stillframe-{secrets.token_hex(6)}"
         with self._qmp.listener("JOB_STATUS_CHANGE") as listener:
             await self.execute(command, {"job-id": job_id, **arguments})
             try:
@@ -256,7 +290,8 @@ class Client:
         try:
             await self.execute("job-cancel", {"id": job_id})
         except PeerError:
-            # It has just concluded, or is past the point from which it can be undone: then its end is awaited.
+            # It has just concluded, or is past the point from which it can be undone: then its end is
+            # awaited.
             pass
         return await self._until_concluded(job_id, listener, None)
 
@@ -271,7 +306,8 @@ class Client:
         job_id: str | None = None,
         progress: ProgressListener | None = None,
     ) -> JobState:
-        """Take a snapshot: machine state into the node `vmstate`, and all nodes of `devices`; `snapshot-save`.
+        """Take a snapshot: machine state into the node `vmstate`, and all nodes of `devices`;
+        `snapshot-save`.
 
         :raise JobFailed: nothing was saved, and the guest goes on.
         """
@@ -289,7 +325,8 @@ class Client:
     ) -> JobState:
         """Bring a snapshot back; `snapshot-load`.
 
-        :raise JobFailed: with stillframe's server everything is as before; with QEMU's the guest may stand still.
+        :raise JobFailed: with stillframe's server everything is as before; with QEMU's the guest may stand
+            still.
         """
         arguments = {"tag": tag, "vmstate": vmstate, "devices": list(devices)}
         return await self.run_job("snapshot-load", arguments, job_id=job_id, progress=progress)
@@ -302,13 +339,16 @@ class Client:
         job_id: str | None = None,
         progress: ProgressListener | None = None,
     ) -> JobState:
-        """Delete a snapshot from the nodes; `snapshot-delete`. A tag that is nowhere is no error, as with QEMU."""
+        """Delete a snapshot from the nodes; `snapshot-delete`. A tag that is nowhere is no error, as with
+        QEMU.
+        """
         arguments = {"tag": tag, "devices": list(devices)}
         return await self.run_job("snapshot-delete", arguments, job_id=job_id, progress=progress)
 
 
 def connect(target: str) -> Client:
-    """A client of the machine called `target`, or of the QMP server at that address (unix:PATH, tcp:HOST:PORT).
+    """A client of the machine called `target`, or of the QMP server at that address (unix:PATH,
+    tcp:HOST:PORT).
 
         async with stillframe.connect("box") as box:
             await box.save("before-upgrade", vmstate="root", devices=["root"])

@@ -1,7 +1,8 @@
 """A machine: its parts, what it is doing, and who may touch it when.
 
 One thread at a time owns a machine: its vCPU's thread while the guest runs, else whoever asked for an instruction boundary. The
-vCPU's thread gives up the ownership between two slices of instructions as soon as anybody else wants it.
+vCPU's thread gives up the ownership between two slices of instructions as soon as anybody else wants it, and gets at least one
+slice between two others.
 
     stop, cont, reset   own the machine, change the run state, give it back
     at_boundary(fn)     owns it for the time of fn; the guest notices nothing but the time
@@ -108,7 +109,7 @@ class Machine:
         self._owner: int | None = None
         self._depth = 0
         self._waiting = 0
-        self._give_way = False
+        self._give_way = self._guests_turn = False
         self._run_state = RunState.PRELAUNCH
         self._after_hold: RunState | None = None
         self._requested: deque[Callable[[], None]] = deque()
@@ -172,7 +173,7 @@ class Machine:
             self.engine.kick()
             self.mailbox.wake()
             try:
-                while self._owner is not None:
+                while self._owner is not None or self._guests_turn:
                     if self._after_hold is not None and defer is not None:
                         defer()
                         return False
@@ -188,7 +189,14 @@ class Machine:
             self._depth -= 1
             if self._depth == 0:
                 self._owner = None
+                on_vcpu = threading.current_thread() is self._thread
+                self._guests_turn = not on_vcpu and self._run_state is RunState.RUNNING and self._can_run
                 self._turn.notify_all()
+
+    @property
+    def _can_run(self) -> bool:
+        """There is a vCPU's thread, and it will take its turn."""
+        return self._thread is not None and not self._closing
 
     def at_boundary(self, fn: Callable[[], Result]) -> Result:
         """Run `fn` while the vCPU stands between two instructions, and return what it returns.
@@ -411,13 +419,16 @@ class Machine:
         while True:
             with self._turn:
                 while not self._closing and (
-                    self._owner is not None or self._waiting or self._run_state is not RunState.RUNNING
+                    self._owner is not None
+                    or self._run_state is not RunState.RUNNING
+                    or (self._waiting and not self._guests_turn)
                 ):
                     self._turn.wait()
+                self._guests_turn = False
                 if self._closing:
                     return
                 self._owner, self._depth = me, 1
-                self._give_way = False
+                self._give_way = self._waiting > 0
             try:
                 self._run_burst()
             except Exception as error:
@@ -435,7 +446,7 @@ class Machine:
         """Owned by the vCPU's thread: run the guest until somebody else wants the machine or it no longer runs."""
         clock, engine, mailbox = self.clock, self.engine, self.mailbox
         counted = clock.icount_shift is not None
-        while self._run_state is RunState.RUNNING and not self._give_way:
+        while self._run_state is RunState.RUNNING:
             if self._shutdown is not None:
                 self._halt(RunState.SHUTDOWN, announce=False)
                 return
@@ -455,6 +466,8 @@ class Machine:
                     self._idle()
             while self._requested:
                 self._requested.popleft()()
+            if self._give_way:
+                return
 
     def _idle(self) -> None:
         """Sleep until an interrupt is pending, a timer is due, or somebody calls."""

@@ -147,7 +147,8 @@ def reference() -> str:
 
 
 def _prose(text: str | None) -> list[str]:
-    return [line.strip() for line in description(text).splitlines()]
+    paragraphs = [" ".join(part.split()) for part in description(text).split("\n\n")]
+    return "\n\n".join(paragraphs).split("\n")
 
 
 def _arguments(shape: Object | Variants, shapes: dict[str, Shape]) -> list[str]:
@@ -174,7 +175,7 @@ def _type(shape: Shape, shapes: dict[str, Shape]) -> str:
         return f"array of {_type(shape.element, shapes)}"
     name = shape.name if isinstance(shape, Variants) else shape.type.__name__
     shapes[name] = shape
-    return f"[{name}](#{name.lower().replace(' | ', '--')})"
+    return f"[{name}](#{name.lower()})"
 
 
 def _type_text(shape: Shape, shapes: dict[str, Shape]) -> list[str]:

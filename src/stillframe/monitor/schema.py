@@ -125,7 +125,7 @@ class Object:
 
 @dataclass(frozen=True, slots=True)
 class Variants:
-    """One object of several, told apart by the member `tag`."""
+    """One object of several, told apart by the member `tag`. :param name: of their common base."""
 
     name: str
     tag: str
@@ -177,7 +177,9 @@ def _variants(cases: Sequence[Any]) -> Variants:
     if len(tags) != 1 or None in tags:
         raise TypeError(f"the cases {cases} have no tag in common")
     objects = {str(case.__struct_config__.tag): Object(case) for case in cases}
-    return Variants(" | ".join(case.__name__ for case in cases), tags.pop(), objects)
+    bases = {case.__bases__[0].__name__ for case in cases} - {"Structure"}
+    name = bases.pop() if len(bases) == 1 else "Or".join(case.__name__ for case in cases)
+    return Variants(name, tags.pop(), objects)
 
 
 @cache

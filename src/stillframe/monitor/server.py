@@ -52,6 +52,7 @@ class MonitorServer:
         self._files: list[tuple[UnixAddress, tuple[int, int]]] = []
         self._numbers = 0
         self._over = asyncio.Event()
+        self._closed = False
         self._unsubscribe = host.events.subscribe(self._hear)
 
     async def listen(self, address: Address, *, allow_local_users: bool = False) -> Address:
@@ -130,8 +131,12 @@ class MonitorServer:
     async def close(self) -> None:
         """Stop listening, say farewell to all clients, take the sockets' files away.
 
-        Commands under way are given up: call `Host.end` first, on a thread, where there may be some.
+        Commands under way are given up: call `Host.end` first, on a thread, where there may be some. A second
+        call does nothing.
         """
+        if self._closed:
+            return
+        self._closed = True
         self._unsubscribe()
         for server in self._servers:
             server.close()

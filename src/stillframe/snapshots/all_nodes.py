@@ -6,6 +6,7 @@ uses.
     refused     an included node whose driver keeps no snapshots: leaving a writable disk out in silence would mix two times
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from stillframe.block.graph import BlockGraph
@@ -22,7 +23,16 @@ def included(graph: BlockGraph) -> tuple[SnapshotNode, ...]:
     nodes = [node for node in reversed(graph.nodes()) if not node.read_only]
     used = [node for node in nodes if graph.users(node)]
     roots = [node for node in nodes if node not in used and not graph.parents(node)]
-    return tuple(snapshot_node(node) for node in (*used, *roots))
+    return _each_image_once(snapshot_node(node) for node in (*used, *roots))
+
+
+def _each_image_once(nodes: Iterable[SnapshotNode]) -> tuple[SnapshotNode, ...]:
+    """A node that hands snapshots on to the one below stands for the same image."""
+    found: list[SnapshotNode] = []
+    for node in nodes:
+        if all(node.store is not other.store for other in found):
+            found.append(node)
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +57,15 @@ def listing(graph: BlockGraph) -> Listing:
 
     :raise NotFound: there is no such node.
     """
-    nodes = [
+    able = [
         SnapshotNode(node, store)
         for node in reversed(graph.nodes())
         if not node.read_only
         and (store := node.snapshot_store) is not None
         and (graph.users(node) or not graph.parents(node))
     ]
-    nodes.sort(key=lambda node: not graph.users(node.node))
+    able.sort(key=lambda node: not graph.users(node.node))
+    nodes = _each_image_once(able)
     if not nodes:
         raise NotFound("no block device can store vmstate for snapshot")
     tables = {node.name: tuple(node.store.snapshots()) for node in nodes}

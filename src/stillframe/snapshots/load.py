@@ -12,11 +12,12 @@ images are rolled back, the memory is exchanged back, the devices get the state 
 guest goes on.
 """
 
+import errno
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from uuid import UUID
 
-from stillframe.errors import Corrupt, StateMismatch, StillframeError
+from stillframe.errors import Corrupt, IOFailed, StateMismatch, StillframeError
 from stillframe.machine.devices import Device
 from stillframe.machine.machine import Machine
 from stillframe.machine.run_state import RunState
@@ -28,9 +29,6 @@ from stillframe.vmstate.fields import Description, Values
 from stillframe.vmstate.sections import GLOBAL_STATE, GLOBAL_STATE_KEY, SectionKey
 from stillframe.vmstate.stream import Survey, survey
 from stillframe.vmstate.transfer import StateSource
-
-FAILING = "Error -22 while loading VM state"
-"""QEMU's words up to 10.1, and its prefix of the reason since."""
 
 
 def load(machine: Machine, selection: LoadSelection, context: Context) -> UUID | None:
@@ -92,11 +90,14 @@ def _undo_point(machine: Machine, staged: StagedMemory) -> Iterator[Callable[[],
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """QEMU's words before what is wrong with a state; cancellations and storage have words of their own."""
+    """QEMU's words, with the errno in them, before what is wrong; a cancellation has words of its own."""
     try:
         yield
     except (StateMismatch, Corrupt):
-        with told(FAILING):
+        with told(f"Error -{errno.EINVAL} while loading VM state"):
+            raise
+    except IOFailed as error:
+        with told(f"Error -{error.errno} while loading VM state"):
             raise
 
 

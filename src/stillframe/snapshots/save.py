@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from uuid import UUID, uuid4
 
 from stillframe.block.node import GroupMember, Lineage, SnapshotRecord
-from stillframe.errors import IOFailed
+from stillframe.errors import Corrupt, IOFailed, LimitReached
 from stillframe.machine.machine import Machine
 from stillframe.machine.run_state import RunState
 from stillframe.snapshots.context import Context, told
@@ -101,7 +101,7 @@ def _write_state(
     try:
         with state_sink(frozen.state_writer(state.name)) as sink:
             write_stream(sink, machine.board.name, memory, instant.sections, wrote)
-    except IOFailed:
+    except (IOFailed, Corrupt, LimitReached):
         with told("Error while writing VM state"):
             raise
 

@@ -108,7 +108,8 @@ def listed(graph: BlockGraph, devices: Sequence[str]) -> tuple[SnapshotNode, ...
     """The nodes of an explicit list.
 
     :param devices: node-names; the names of guest devices do not count.
-    :raise InvalidRequest: the list is empty, or names a node twice. :raise NotFound: there is no such node.
+    :raise InvalidRequest: the list is empty, or names a node, or an image, twice. :raise NotFound: there is
+        no such node.
     :raise Refused: one cannot take part in snapshots.
     """
     if not devices:
@@ -125,7 +126,16 @@ def listed(graph: BlockGraph, devices: Sequence[str]) -> tuple[SnapshotNode, ...
         if name in devices[:position]:
             # no-node-twice
             raise InvalidRequest(f"Block device node '{name}' is listed twice")
-    return tuple(snapshot_node(node) for node in nodes)
+    found = tuple(snapshot_node(node) for node in nodes)
+    for position, each in enumerate(found):
+        for other in found[:position]:
+            if other.store is each.store:
+                # no-node-twice
+                raise InvalidRequest(
+                    f"Block device nodes '{other.name}' and '{each.name}' are the same image",
+                    remedy="List one of them.",
+                )
+    return found
 
 
 def _state_node(nodes: Sequence[SnapshotNode], vmstate: str | None) -> SnapshotNode:

@@ -88,7 +88,13 @@ class StagedMemory:
                     field=block.name,
                     remedy=remedy,
                 )
-            self._staged[block.name] = _StagedBlock(here)
+            try:
+                self._staged[block.name] = _StagedBlock(here)
+            except OSError as error:
+                raise Refused(
+                    f"The host gives no {here.size >> 20} MiB of memory to load '{block.name}' into: "
+                    f"{error.strerror}"
+                ) from error
         for name in ours:
             raise StateMismatch(
                 f"The machine state has no memory block '{name}', which this machine has",

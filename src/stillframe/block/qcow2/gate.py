@@ -25,6 +25,7 @@ class Gate:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)
+        self._waiting = 0
         self._readers: dict[int, None] = {}
         self._writers: dict[int, None] = {}
         self._next_ticket = 0
@@ -32,6 +33,19 @@ class Gate:
         self._tables: set[int] = set()
         self._draining = False
         self._switching: int | None = None
+
+    def wait(self) -> None:
+        """Until something has changed; the caller looks again whether it is what it waits for. Lock held."""
+        self._waiting += 1
+        try:
+            self.changed.wait()
+        finally:
+            self._waiting -= 1
+
+    def tell(self) -> None:
+        """Something has changed. Lock held."""
+        if self._waiting:
+            self.changed.notify_all()
 
     # Requests in flight. `start_*` are called with the lock held.
 
@@ -43,14 +57,14 @@ class Gate:
 
     def end_read(self, ticket: int) -> None:
         """The request's I/O is done."""
-        with self.changed:
+        with self.lock:
             del self._readers[ticket]
-            self.changed.notify_all()
+            self.tell()
 
     def admit_write(self) -> None:
         """Wait while the writers are being drained; what was looked up before is void. Lock held."""
         while self._draining:
-            self.changed.wait()
+            self.wait()
 
     def start_write(self) -> int:
         """A ticket for `end_write`, in the same hold of the lock as `admit_write`. Lock held."""
@@ -60,9 +74,9 @@ class Gate:
 
     def end_write(self, ticket: int) -> None:
         """The request's I/O is done."""
-        with self.changed:
+        with self.lock:
             del self._writers[ticket]
-            self.changed.notify_all()
+            self.tell()
 
     def stamp(self) -> int:
         """For `quiet_since`: later requests have higher tickets. Lock held."""
@@ -76,7 +90,7 @@ class Gate:
         """Wait for every request that has begun; each ends with its I/O. Lock held."""
         stamp = self._next_ticket
         while not self.quiet_since(stamp):
-            self.changed.wait()
+            self.wait()
 
     # Changes of the mapping.
 
@@ -89,18 +103,18 @@ class Gate:
         :raise InUse: the switch is this very thread's: it must finish it first.
         """
         claim = (first, last)
-        with self.changed:
+        with self.lock:
             while self._draining or self._switching is not None or self._is_claimed(first, last):
                 if self._switching == threading.get_ident():
                     raise InUse("A change of the image's snapshots is prepared and not finished")
-                self.changed.wait()
+                self.wait()
             self._claims.append(claim)
         try:
             yield
         finally:
-            with self.changed:
+            with self.lock:
                 self._claims.remove(claim)
-                self.changed.notify_all()
+                self.tell()
 
     def claim_refcounts(self) -> None:
         """Hold a switch back while refcounts are counted down; until `unclaim_refcounts`. Lock held, no switch."""
@@ -109,7 +123,7 @@ class Gate:
     def unclaim_refcounts(self) -> None:
         """The opposite of `claim_refcounts`. Lock held."""
         self._claims.remove(_NO_CLUSTERS)
-        self.changed.notify_all()
+        self.tell()
 
     def _is_claimed(self, first: int, last: int) -> bool:
         return any(first <= b and a <= last for a, b in self._claims)
@@ -118,13 +132,13 @@ class Gate:
     def table(self, index: int) -> Iterator[None]:
         """Claim the L2 table of an L1 entry, to replace it. Lock held, before and after."""
         while index in self._tables:
-            self.changed.wait()
+            self.wait()
         self._tables.add(index)
         try:
             yield
         finally:
             self._tables.remove(index)
-            self.changed.notify_all()
+            self.tell()
 
     @contextmanager
     def released(self) -> Iterator[None]:
@@ -143,17 +157,17 @@ class Gate:
 
         Requests end with their I/O, so this ends; new ones wait.
         """
-        with self.changed:
+        with self.lock:
             while self._draining:
-                self.changed.wait()
+                self.wait()
             self._draining = True
             try:
                 while self._writers or self._claims:
-                    self.changed.wait()
+                    self.wait()
                 yield
             finally:
                 self._draining = False
-                self.changed.notify_all()
+                self.tell()
 
     @property
     def is_switching(self) -> bool:
@@ -165,15 +179,15 @@ class Gate:
 
         :raise InUse: another change is not finished.
         """
-        with self.changed:
+        with self.lock:
             if self._switching is not None:
                 raise InUse("Another change of the image's snapshots is not finished")
             self._switching = threading.get_ident()
             while self._claims:
-                self.changed.wait()
+                self.wait()
 
     def end_switch(self) -> None:
         """Let changes of the mapping go on; without a switch, nothing."""
-        with self.changed:
+        with self.lock:
             self._switching = None
-            self.changed.notify_all()
+            self.tell()

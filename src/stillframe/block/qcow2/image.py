@@ -23,6 +23,8 @@ from stillframe.block.qcow2.layout import (
     DIRTY,
     EXTENSION_BITMAPS,
     FEATURES_OFFSET,
+    MAX_CLUSTER_BITS,
+    MIN_CLUSTER_BITS,
     OFFSET_MASK,
     WORLD_OFFSET,
     Header,
@@ -46,8 +48,6 @@ if TYPE_CHECKING:
     from stillframe.block.qcow2.refcounts import Refcounts
 
 _ZEROES = bytes(1 << 20)
-HEADER_BYTES = 2 << 20
-"""As many as a header with its extensions can have: the largest cluster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +114,11 @@ class Image:
         return self._refcounts
 
     def _read_world(self) -> World:
-        header = parse_header(bytes(self.file.node.read(0, min(self.file.size, 4096))))
-        if header.cluster_size > 4096:
-            header = parse_header(bytes(self.file.node.read(0, min(self.file.size, header.cluster_size))))
+        start = self.file.read(0, min(self.file.size, 1 << MIN_CLUSTER_BITS))
+        cluster_bits = int.from_bytes(start[20:24], "big")
+        if MIN_CLUSTER_BITS < cluster_bits <= MAX_CLUSTER_BITS:
+            start = self.file.read(0, min(self.file.size, 1 << cluster_bits))
+        header = parse_header(bytes(start))
         snapshots, length = parse_table(header, lambda offset, size: bytes(self.file.read(offset, size)))
         table_bytes = header.refcount_table_clusters * header.cluster_size
         return World(

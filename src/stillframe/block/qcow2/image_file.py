@@ -1,8 +1,11 @@
 """The child node as qcow2 sees it: bytes past its end are zeroes, and writes make it grow."""
 
+import errno
+import os
 import threading
 
 from stillframe.block.node import Node
+from stillframe.errors import io_failed
 
 
 class ImageFile:
@@ -52,8 +55,11 @@ class ImageFile:
         self.node.write(offset, data)
 
     def grow(self, size: int) -> None:
-        """Make the file at least this large; the new bytes are zeroes."""
+        """Make the file at least this large; the new bytes are zeroes. :raise NoSpace: a device has its size."""
         with self._growing:
+            if size > self.node.size and self.node.driver == "host_device":
+                full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                raise io_failed(f"Could not write to node '{self.node.node_name}'", full) from full
             if size > self.node.size:
                 self.node.truncate(size)
 

@@ -21,6 +21,7 @@ from stillframe.errors import InUse, LimitReached
 if TYPE_CHECKING:
     from stillframe.block.qcow2.refcounts import ClusterRun
 
+_RESERVED_FIRST = 1 << 20
 _RESERVED_AT_ONCE = 16 << 20
 _CONTIGUOUS = 16
 _ZEROES = bytes(2 << 20)
@@ -39,6 +40,7 @@ class Pending:
         self._hosts = array("q")
         self._reserved: list[ClusterRun] = []
         self._ahead: ClusterRun = (0, 0)
+        self._reserve_bytes = _RESERVED_FIRST
         self.state_size = 0
 
     # What is frozen. Lock held.
@@ -143,7 +145,8 @@ class Pending:
     def _reserve(self, wanted: int) -> "ClusterRun":
         first, count = self._ahead
         if not count:
-            most = max(wanted, _RESERVED_AT_ONCE >> self._image.header.cluster_bits)
+            most = max(wanted, self._reserve_bytes >> self._image.header.cluster_bits)
+            self._reserve_bytes = min(2 * self._reserve_bytes, _RESERVED_AT_ONCE)
             with self._image.gate.lock:
                 self._image.refuse_if_broken()
                 first, count = self._image.refcounts.reserve(most, min(wanted, _CONTIGUOUS))

@@ -219,14 +219,14 @@ class Refcounts:
         gate = self._image.gate
         while not self._lease:
             if self._leasing:
-                gate.changed.wait()
+                gate.wait()
                 continue
             self._leasing = True
             try:
                 self._extend_lease(wanted)
             finally:
                 self._leasing = False
-                gate.changed.notify_all()
+                gate.tell()
         which = next((i for i, (_, count) in enumerate(self._lease) if count >= wanted), 0)
         first, count = self._lease[which]
         taken = min(count, wanted)
@@ -434,8 +434,7 @@ class Refcounts:
                 )
             block[within] -= times[of_block]
             self._store(index, int(within.min()), int(within.max()) + 1)
-        for cluster in clusters.tolist():
-            if self.count(cluster) == 0:
+            for cluster in (clusters[of_block][block[within] == 0]).tolist():
                 self._image.forget_cluster(cluster)
                 self._search_from = min(self._search_from, cluster)
 

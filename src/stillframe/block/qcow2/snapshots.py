@@ -14,7 +14,7 @@ class Snapshots:
 
     def __init__(self, image: Image) -> None:
         self._image = image
-        self._l1_of: tuple[int, int, bytearray] | None = None
+        self._l1_of: tuple[tuple[SnapshotEntry, ...], SnapshotEntry, bytearray] | None = None
 
     def snapshots(self) -> Sequence[SnapshotInfo]:
         """See `SnapshotStore`."""
@@ -52,16 +52,12 @@ class Snapshots:
         return bytes(buffer)
 
     def _l1(self, entry: SnapshotEntry) -> bytearray:
-        """A snapshot's L1; the last one is remembered. The table of a listed snapshot never changes."""
-        known = self._l1_of
-        if known is None or known[:2] != (entry.l1_offset, entry.l1_size):
+        """A snapshot's L1; the last one is remembered, for as long as the list stays what it is."""
+        known, listed = self._l1_of, self._image.world.snapshots
+        if known is None or known[0] is not listed or known[1] is not entry:
             check_l1_place(entry, self._image.header)
-            known = (
-                entry.l1_offset,
-                entry.l1_size,
-                self._image.file.read(entry.l1_offset, entry.l1_size * 8),
-            )
-            self._l1_of = known
+            l1 = self._image.file.read(entry.l1_offset, entry.l1_size * 8)
+            known = self._l1_of = (listed, entry, l1)
         return known[2]
 
     def _find(self, snapshot: SnapshotInfo) -> SnapshotEntry:

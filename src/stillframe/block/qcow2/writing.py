@@ -14,11 +14,16 @@ _JOINED_AT_MOST = 256 << 10
 
 def write(image: Image, offset: int, data: memoryview) -> None:
     """Write inside the disk's size; the caller has checked that."""
+    is_mapped = False
     while data:
-        done = _write_in_place(image, offset, data) or _write_mapped(image, offset, data)
+        done = _write_in_place(image, offset, data)
+        if not done:
+            done = _write_mapped(image, offset, data)
+            is_mapped = True
         offset += done
         data = data[done:]
-    _flush_if_due(image)
+    if is_mapped:
+        _flush_if_due(image)
 
 
 def _flush_if_due(image: Image) -> None:

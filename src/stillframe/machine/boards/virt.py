@@ -11,7 +11,7 @@ and the device tree's address in a1.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from stillframe.block.node import Node as BlockNode
@@ -62,7 +62,7 @@ class Drive:
     node: BlockNode
     device_id: str | None = None
     serial: str = ""
-    policy: ErrorPolicy = ErrorPolicy()
+    policy: ErrorPolicy = field(default_factory=ErrorPolicy)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,13 @@ again when the guest goes on. Its descriptors stay the device's meanwhile, so it
 """
 
 import errno
+import logging
 import queue
 import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from stillframe.block.node import Node
 from stillframe.errors import IOFailed, NoSpace, StillframeError
@@ -27,6 +29,8 @@ from stillframe.machine.mailbox import Mailbox
 from stillframe.machine.memory import GuestMemory
 from stillframe.machine.run_state import RunState
 from stillframe.vmstate.fields import Description, Field, Values
+
+_log = logging.getLogger(__name__)
 
 SECTOR = 512
 ID_LENGTH = 20
@@ -69,7 +73,11 @@ class ErrorPolicy:
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What the guest asks for, taken out of RAM. :param data: to be written; ranges for discard and write-zeroes."""
+    """What the guest asks for, taken out of RAM.
+
+    :param data: to be written; ranges for discard and write-zeroes.
+    :param generation: the device's, which a reset by the guest raises.
+    """
 
     head: int
     type: int
@@ -77,6 +85,7 @@ class _Request:
     data: bytes
     into: tuple[Segment, ...]
     status_at: int
+    generation: int
 
     @property
     def length(self) -> int:
@@ -186,7 +195,7 @@ class VirtioBlk(VirtioDevice):
         self._in_flight += 1
         self._weight += request.weight
         if self._synchronous:
-            self._complete(request, self._generation, *self._perform(request))
+            self._complete(request, *self._perform(request))
             return
         if self._worker is None:
             self._worker = threading.Thread(
@@ -207,21 +216,15 @@ class VirtioBlk(VirtioDevice):
         kind, _, sector = _HEADER.unpack_from(sent)
         *whole, last = chain.writable
         into = (*whole, *((Segment(last.address, last.length - 1),) if last.length > 1 else ()))
-        return _Request(
-            chain.head, kind, sector * SECTOR, sent[_HEADER.size :], into, last.address + last.length - 1
-        )
+        status_at = last.address + last.length - 1
+        data = sent[_HEADER.size :]
+        return _Request(chain.head, kind, sector * SECTOR, data, into, status_at, self._generation)
 
     # On the worker's thread: no device state, no RAM
 
     def _run(self) -> None:
         while (request := self._work.get()) is not None:
-            generation = self._generation
-            result = self._perform(request)
-            self._mailbox.post(
-                lambda request=request, generation=generation, result=result: self._complete(  # type: ignore[misc]
-                    request, generation, *result
-                )
-            )
+            self._mailbox.post(partial(self._complete, request, *self._perform(request)))
             with self._done:
                 self._done.notify_all()
 
@@ -252,6 +255,9 @@ class VirtioBlk(VirtioDevice):
             return self._perform_range(request), b"", None
         except StillframeError as error:
             return _IO_ERROR, b"", error
+        except Exception as error:
+            _log.exception("Node '%s' failed by a defect of stillframe", node.node_name)
+            return _IO_ERROR, b"", IOFailed(str(error), errno=errno.EIO)
 
     def _is_inside(self, offset: int, length: int) -> bool:
         return length % SECTOR == 0 and offset + length <= self.node.size // SECTOR * SECTOR
@@ -277,14 +283,13 @@ class VirtioBlk(VirtioDevice):
     def _complete(
         self,
         request: _Request,
-        generation: int,
         status: int,
         read: bytearray | bytes,
         error: StillframeError | None,
     ) -> None:
         self._in_flight -= 1
         self._weight -= request.weight
-        if generation != self._generation:
+        if request.generation != self._generation:
             return
         if error is not None:
             action = self._report(request, error)

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 
 from stillframe.machine.devices import Device
-from stillframe.machine.devices.virtqueue import MAXIMUM_SIZE, QueueError, Virtqueue
+from stillframe.machine.devices.virtqueue import MAXIMUM_SIZE, QueueError, Virtqueue, is_valid_size
 from stillframe.machine.memory import GuestMemory
 from stillframe.vmstate.fields import Field, Value, Values
 
@@ -179,11 +179,16 @@ class VirtioDevice(Device):
             self._status &= ~8
 
     def _write_queue(self, offset: int, value: int) -> None:
+        """A queue that is ready keeps its size and place, so that both are those which were checked."""
         queue = self.queue
-        if offset == 0x38:
+        if offset == 0x44:
+            queue.ready = bool(value & 1) and queue.size_is_valid
+            if value & 1 and not queue.ready:
+                self._break()
+        elif queue.ready:
+            return
+        elif offset == 0x38:
             queue.size = value & 0xFFFF
-        elif offset == 0x44:
-            queue.ready = bool(value & 1)
         elif offset & ~4 in _ADDRESSES:
             name, shift = _ADDRESSES[offset & ~4], 32 if offset & 4 else 0
             former = getattr(queue, name) & ~(0xFFFF_FFFF << shift)
@@ -214,7 +219,7 @@ class VirtioDevice(Device):
         if self.integer(values, "driver_features") & ~self._offered():
             raise self.refuse("driver_features", "has features that this device does not offer")
         size = self.integer(values, "queue_size")
-        if self.integer(values, "queue_ready") and not (0 < size <= MAXIMUM_SIZE and not size & (size - 1)):
+        if self.integer(values, "queue_ready") and not is_valid_size(size):
             raise self.refuse("queue_size", f"is {size}, not a power of two up to {MAXIMUM_SIZE}")
 
     def load_state(self, values: Values) -> None:

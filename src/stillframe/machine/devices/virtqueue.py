@@ -50,6 +50,11 @@ class Chain:
         return sum(segment.length for segment in self.writable)
 
 
+def is_valid_size(size: int) -> bool:
+    """A power of two, not above ours."""
+    return 0 < size <= MAXIMUM_SIZE and not size & (size - 1)
+
+
 class Virtqueue:
     """The device's side. Addresses are guest-physical; `size`, addresses and `ready` are the guest's to set."""
 
@@ -74,8 +79,12 @@ class Virtqueue:
         return int.from_bytes(self._view(address, 2), "little")
 
     def _check(self) -> None:
-        if not (self.ready and 0 < self.size <= MAXIMUM_SIZE and not self.size & (self.size - 1)):
+        if not (self.ready and self.size_is_valid):
             raise QueueError("the queue is not ready")
+
+    @property
+    def size_is_valid(self) -> bool:
+        return is_valid_size(self.size)
 
     @property
     def wants_interrupt(self) -> bool:

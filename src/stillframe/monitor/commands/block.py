@@ -81,7 +81,7 @@ class BlockDeviceInfo(Structure, kw_only=True):
     :param ro: read-only.
     :param drv: its driver.
     :param backing_file: the name of the image below, where there is one.
-    :param backing_file_depth: how many images are below.
+    :param backing_file_depth: how many images are below; 0 in a flat list.
     :param active: always.
     :param image: what is known of the image.
     """
@@ -135,7 +135,9 @@ class NodeName(Structure):
     node_name: str
 
 
-class _Options(Structure, tag_field="driver", kw_only=True):
+class BlockdevOptions(Structure, tag_field="driver", kw_only=True):
+    """What every driver takes."""
+
     node_name: str
     read_only: bool | UnsetType = UNSET
     auto_read_only: bool | UnsetType = UNSET
@@ -143,14 +145,14 @@ class _Options(Structure, tag_field="driver", kw_only=True):
     discard: str | UnsetType = UNSET
 
 
-class BlockdevOptionsFile(_Options, tag="file", kw_only=True):
+class BlockdevOptionsFile(BlockdevOptions, tag="file", kw_only=True):
     """A file, or a block device, of the host."""
 
     filename: str
     locking: str | UnsetType = UNSET
 
 
-class BlockdevOptionsRaw(_Options, tag="raw", kw_only=True):
+class BlockdevOptionsRaw(BlockdevOptions, tag="raw", kw_only=True):
     """The bytes of the node below, or a part of them. `file` is a node-name, or options such as these."""
 
     file: Any
@@ -158,7 +160,7 @@ class BlockdevOptionsRaw(_Options, tag="raw", kw_only=True):
     size: int | UnsetType = UNSET
 
 
-class BlockdevOptionsQcow2(_Options, tag="qcow2", kw_only=True):
+class BlockdevOptionsQcow2(BlockdevOptions, tag="qcow2", kw_only=True):
     """A qcow2 image. `file` and `backing` are node-names, or options such as these; `backing` may be null for
     none.
     """
@@ -167,7 +169,7 @@ class BlockdevOptionsQcow2(_Options, tag="qcow2", kw_only=True):
     backing: Any | UnsetType = UNSET
 
 
-class BlockdevOptionsNull(_Options, tag="null-co", kw_only=True):
+class BlockdevOptionsNull(BlockdevOptions, tag="null-co", kw_only=True):
     """Takes every write and forgets it."""
 
     size: int | UnsetType = UNSET
@@ -175,7 +177,7 @@ class BlockdevOptionsNull(_Options, tag="null-co", kw_only=True):
     read_zeroes: bool | UnsetType = UNSET
 
 
-BlockdevOptions = BlockdevOptionsFile | BlockdevOptionsRaw | BlockdevOptionsQcow2 | BlockdevOptionsNull
+AnyBlockdevOptions = BlockdevOptionsFile | BlockdevOptionsRaw | BlockdevOptionsQcow2 | BlockdevOptionsNull
 
 
 class IoOperationType(Enum):
@@ -268,15 +270,18 @@ def _image(node: block.Node, info: block.ImageInfo, *, flat: bool) -> ImageInfo:
 
 def _node(node: block.Node, *, flat: bool) -> BlockDeviceInfo:
     info = node.info()
-    depth, below = 0, node.children.get("backing")
-    while below is not None:
-        depth, below = depth + 1, below.children.get("backing")
+    backing_file, depth = info.backing_filename, 0
+    backing = node.children.get("backing")
+    if backing is not None:
+        backing_file = backing.info().filename
+    while backing is not None and not flat:
+        depth, backing = depth + 1, backing.children.get("backing")
     return BlockDeviceInfo(
         file=info.filename,
         node_name=node.node_name,
         ro=node.read_only,
         drv=node.driver,
-        backing_file=info.backing_filename or UNSET,
+        backing_file=backing_file or UNSET,
         backing_file_depth=depth,
         encrypted=info.encrypted,
         cache=CacheInfo(),
@@ -299,7 +304,7 @@ def query_block(host: Host) -> list[BlockInfo]:
     ]
 
 
-@command("blockdev-add", unchecked=BlockdevOptions)
+@command("blockdev-add", unchecked=AnyBlockdevOptions)
 def blockdev_add(host: Host, arguments: Mapping[str, Any]) -> None:
     """Open a node, and the nodes below it that are described inside it; all of them or none. Options that are
     known and not

@@ -33,9 +33,11 @@ from stillframe.machine.engines.unicorn.cpu import USER, Cpu, DirectCpu, PublicC
 from stillframe.machine.engines.unicorn.library import (
     EXCEPTION,
     HOOK_INVALID,
+    HOOK_STORE_UNMAPPED,
     HOOK_TRAP,
     OK,
     UNMAPPED_CAUSES,
+    AccessCallback,
     InvalidCallback,
     Processor,
     TrapCallback,
@@ -110,7 +112,8 @@ class UnicornEngine:
         self._state = CpuState(self._cpu, processor)
         self._memory: GuestMemory | None = None
         self._failure: BaseException | None = None
-        self._leave = self._idle = self._breakpoint = self._in_access = False
+        self._lost_store_pc: int | None = None
+        self._leave = self._breakpoint = self._in_access = False
         self._latched: dict[int, bool] = {}
         self._running = False
         self._executed = 0
@@ -118,6 +121,7 @@ class UnicornEngine:
         self._slice_end_ns: float = 0
         processor.add_hook(HOOK_TRAP, TrapCallback(self._on_trap))
         processor.add_hook(HOOK_INVALID, InvalidCallback(self._on_breakpoint))
+        processor.add_hook(HOOK_STORE_UNMAPPED, AccessCallback(self._on_store_to_nothing))
         if state is not None:
             self._time_callback = _TimeCallback(self._time)
             state[layout.RDTIME] = ctypes.cast(self._time_callback, ctypes.c_void_p).value or 0
@@ -143,7 +147,12 @@ class UnicornEngine:
 
     def run_until(self, *, count: int | None, deadline_ns: int | None) -> Exit:
         """One slice: with `icount` of `count` instructions to the next block, else as long as fits before the deadline."""
-        self._leave = self._idle = False
+        self._leave = False
+        if self._state.halted:
+            if not self._cpu.interrupt_ready():
+                self._executed = 0
+                return Exit.IDLE
+            self._state.halted = False
         if self._clock.icount_shift is not None:
             self._slice_end_ns = float("inf")
             self._start(min(count or _COUNT, _COUNT))
@@ -169,11 +178,11 @@ class UnicornEngine:
             raise failure
         if self._leave:
             return Exit.LEAVE
-        return Exit.IDLE if self._idle else Exit.BUDGET
+        return Exit.IDLE if self._state.halted else Exit.BUDGET
 
     def _learn(self, budget: int, took_ns: int) -> None:
         """What the next slice's size is made of; a slice that ended early, idle or in an access, says nothing."""
-        if self._idle or self._leave or took_ns <= 0:
+        if self._state.halted or self._leave or took_ns <= 0:
             return
         rate = budget / took_ns
         self._rate = rate if rate < self._rate or not self._rate else min(rate, self._rate * 2)
@@ -186,10 +195,11 @@ class UnicornEngine:
         self._running = False
         if error == OK:
             return
+        lost_store_pc, self._lost_store_pc = self._lost_store_pc, None
         if error == EXCEPTION and self._breakpoint:
             self._breakpoint = False
         elif error in UNMAPPED_CAUSES:
-            cpu.take_trap(UNMAPPED_CAUSES[error], 0, cpu.pc)
+            cpu.take_trap(UNMAPPED_CAUSES[error], 0, cpu.pc if lost_store_pc is None else lost_store_pc)
         elif self._failure is None:
             raise Failed(
                 f"The engine stopped at {cpu.pc:#x}: {self._processor.library.describe(error)}",
@@ -208,7 +218,8 @@ class UnicornEngine:
 
     def leave(self) -> None:
         self._leave = True
-        self._stop()
+        if self._running:
+            self._stop()
 
     def _stop(self) -> None:
         if self.counting is not Counting.EXACT or not self._in_access:
@@ -222,6 +233,9 @@ class UnicornEngine:
 
     def _on_trap(self, _handle: int, cause: int, _user: int) -> None:
         try:
+            if self._lost_store_pc is not None:
+                self._stop()
+                return
             cpu = self._cpu
             pc = (cpu.pc - 4) & 0xFFFF_FFFF_FFFF_FFFF
             if cause in _WITH_ADDRESS:
@@ -250,7 +264,7 @@ class UnicornEngine:
         if instruction == _WFI and cpu.privilege != USER:
             cpu.pc = pc + 4
             if not cpu.interrupt_ready():
-                self._idle = True
+                self._state.halted = True
                 self._stop()
         elif instruction & _READ_TIME_MASK == _READ_TIME:
             number = instruction >> 7 & 31
@@ -262,11 +276,25 @@ class UnicornEngine:
 
     def _on_breakpoint(self, _handle: int, _user: int) -> bool:
         try:
+            if self._lost_store_pc is not None:
+                self._stop()
+                return True
             self._breakpoint = True
             self._cpu.take_trap(_BREAKPOINT, self._cpu.pc, self._cpu.pc)
         except BaseException as error:
             self._failed(error)
         return True
+
+    def _on_store_to_nothing(
+        self, _handle: int, _kind: int, _at: int, _size: int, _value: int, _user: int
+    ) -> bool:
+        """Unicorn goes on to the end of the block before it ends `start`: what else happens there is not the guest's."""
+        try:
+            if self._lost_store_pc is None:
+                self._lost_store_pc = self._cpu.pc
+        except BaseException as error:
+            self._failed(error)
+        return False
 
     def _time(self) -> int:
         return self._clock.ns // 100
@@ -317,6 +345,7 @@ class UnicornEngine:
     def reset(self, entry: int, arguments: tuple[int, ...]) -> None:
         self._cpu.set_words(self._power_on_words)
         self._cpu.set_fflags(0)
+        self._state.halted = False
         self._cpu.pc = entry
         for number, argument in enumerate(arguments, _A0):
             self._cpu.set_x(number, argument)

@@ -5,7 +5,7 @@ The Python binding is passed by: its wrappers cost as much as what they wrap, an
 
 import ctypes
 from collections.abc import Callable
-from ctypes import CFUNCTYPE, byref, c_bool, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
+from ctypes import CFUNCTYPE, byref, c_bool, c_int, c_int64, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
 from typing import Any
 
 from unicorn import riscv_const, unicorn_const
@@ -14,6 +14,7 @@ from unicorn.unicorn_py3.unicorn import uclib
 from stillframe.errors import Failed
 
 TrapCallback = CFUNCTYPE(None, c_void_p, c_uint32, c_void_p)
+AccessCallback = CFUNCTYPE(c_bool, c_void_p, c_int, c_uint64, c_int, c_int64, c_void_p)
 InvalidCallback = CFUNCTYPE(c_bool, c_void_p, c_void_p)
 ReadCallback = CFUNCTYPE(c_uint64, c_void_p, c_uint64, c_uint, c_void_p)
 WriteCallback = CFUNCTYPE(None, c_void_p, c_uint64, c_uint, c_uint64, c_void_p)
@@ -21,6 +22,7 @@ WriteCallback = CFUNCTYPE(None, c_void_p, c_uint64, c_uint, c_uint64, c_void_p)
 HOOK_TRAP: int = unicorn_const.UC_HOOK_INTR
 HOOK_CODE: int = unicorn_const.UC_HOOK_CODE
 HOOK_BLOCK: int = unicorn_const.UC_HOOK_BLOCK
+HOOK_STORE_UNMAPPED: int = unicorn_const.UC_HOOK_MEM_WRITE_UNMAPPED
 HOOK_INVALID: int = unicorn_const.UC_HOOK_INSN_INVALID
 
 OK: int = unicorn_const.UC_ERR_OK

@@ -55,6 +55,7 @@ class CpuState(Device):
             Field("gpr", "uint64", count=32),
             Field("fpr", "uint64", count=32),
             Field("fflags", "uint8"),
+            Field("halted", "bool"),
             *(Field(name, "uint64") for name in _WORDS),
             Field("pmpaddr", "uint64", count=_PMP_REGIONS),
             Field("pmpcfg", "uint8", count=_PMP_REGIONS),
@@ -64,6 +65,8 @@ class CpuState(Device):
     def __init__(self, cpu: Cpu, processor: Processor) -> None:
         self._cpu = cpu
         self._processor = processor
+        self.halted = False
+        """It waits for an interrupt, after a WFI."""
 
     def save_state(self) -> Values:
         words = self._cpu.words()
@@ -71,6 +74,7 @@ class CpuState(Device):
             "gpr": tuple(words[layout.GPR : layout.GPR + 32]),
             "fpr": tuple(words[layout.FPR : layout.FPR + 32]),
             "fflags": self._cpu.fflags(),
+            "halted": self.halted,
             "pmpaddr": tuple(words[_PMP : _PMP + 2 * _PMP_REGIONS : 2]),
             "pmpcfg": tuple(word & 0xFF for word in words[_PMP + 1 : _PMP + 2 * _PMP_REGIONS : 2]),
         }
@@ -82,6 +86,7 @@ class CpuState(Device):
             raise self.refuse("gpr", "has a register x0 that is not zero")
         self.integers(values, "fpr", 32)
         self.integer(values, "fflags", maximum=31)
+        self.integer(values, "halted", maximum=1)
         own = self._cpu.words()
         for name in _WORDS:
             value = self.integer(values, name)
@@ -107,4 +112,5 @@ class CpuState(Device):
             words[index] = self.integer(values, name)
         self._cpu.set_words(words)
         self._cpu.set_fflags(self.integer(values, "fflags"))
+        self.halted = bool(self.integer(values, "halted"))
         self._processor.forget_everything()
