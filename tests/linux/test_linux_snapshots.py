@@ -182,7 +182,7 @@ def test_self_checking_linux_finds_nothing_bad_over_twenty_rounds(tmp_path: Path
     words = arguments(image, initrd="check-initrd", append="console=ttyS0 quiet period=20 mb=32")
     with RunningMachine(tmp_path / "machine", *words) as machine:
         console = machine.console
-        beat = re.compile(r"^HB (\d+) .*bad=(\d+) nonce=(\w+)", re.MULTILINE)
+        beat = re.compile(r"^HB (\d+) .*bad=(\d+) nonce=(\w{16})\s", re.MULTILINE)
 
         def beats(count: int) -> tuple[int, str]:
             for _ in range(count):

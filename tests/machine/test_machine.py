@@ -84,14 +84,18 @@ def test_stop_and_cont_hold_and_release_the_guest(tmp_path: Path) -> None:
 def test_hold_resumes_a_running_guest_even_after_an_error(state: RunState, tmp_path: Path) -> None:
     with machine(tmp_path, counting()) as (built, _, events):
         built.start()
-        with pytest.raises(ZeroDivisionError):
+
+        def fail() -> None:
             with built.hold(state):
                 assert built.run_state is state
                 before = word(built, COUNTER)
                 with built.hold(RunState.SAVE_VM):
                     assert built.run_state is state
                 assert word(built, COUNTER) == before
-                _ = 1 / 0
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            fail()
         assert built.run_state is RunState.RUNNING
         assert advances(built)
         assert events.names == ["RESUME", "STOP", "RESUME"]

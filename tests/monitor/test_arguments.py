@@ -2,6 +2,7 @@
 made of it.
 """
 
+import ast
 import json
 import random
 from enum import Enum
@@ -177,11 +178,39 @@ def test_every_command_event_and_member_says_what_it_is() -> None:
         assert schema.description(command.function.__doc__), command.name
     for event in schema.EVENTS.values():
         assert schema.description(event.data.type.__doc__), event.name
-        assert all(
-            member.text
-            for member in event.data.members
-            if member.name != "operation" and member.name != "action"
-        )
+        assert all(member.text for member in event.data.members), event.name
+
+
+def emitted_events() -> list[tuple[str, str, set[str]]]:
+    """Where an event is emitted, its name, and the members that it is given."""
+    found = []
+    for path in sorted((DOCS.parent / "src").rglob("*.py")):
+        for item in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(item, ast.Call)
+                and isinstance(item.func, ast.Attribute)
+                and item.func.attr == "emit"
+            ):
+                (name,) = item.args
+                assert isinstance(name, ast.Constant), path
+                members = {keyword.arg.replace("_", "-") for keyword in item.keywords if keyword.arg}
+                found.append((f"{path.name}:{item.lineno}", name.value, members))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "members"), emitted_events(), ids=[where for where, *_ in emitted_events()]
+)
+def test_every_event_that_is_emitted_is_declared_with_its_members(
+    where: str, name: str, members: set[str]
+) -> None:
+    declared = schema.EVENTS[name].data.members
+    assert members <= {member.name for member in declared}
+    assert {member.name for member in declared if not member.optional} <= members
+
+
+def test_every_declared_event_is_emitted_somewhere() -> None:
+    assert {name for _, name, _ in emitted_events()} == set(schema.EVENTS)
 
 
 def test_the_reference_says_what_is_declared() -> None:

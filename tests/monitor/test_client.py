@@ -193,6 +193,24 @@ def test_cancelling_the_task_cancels_the_job_and_leaves_nothing(
     run(work())
 
 
+def test_cancelling_before_the_server_has_answered_cancels_the_job_too(
+    busy: tuple[str, Callable[[], None]], tmp_path: Path
+) -> None:
+    async def work() -> None:
+        async with connect(busy[0]) as box:
+            await box.execute("blockdev-add", disk(tmp_path / "d"))
+            for pauses in range(12):
+                saving = asyncio.create_task(box.save("s", vmstate="d", devices=["d"]))
+                for _ in range(pauses):
+                    await asyncio.sleep(0)
+                saving.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await saving
+                assert await box.jobs() == []
+
+    run(work())
+
+
 def test_a_job_that_somebody_else_cancels_raises_cancelled(
     busy: tuple[str, Callable[[], None]], tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,20 @@ def test_tcp_is_for_loopback_and_for_those_who_say_that_others_may_come(tmp_path
             assert client.negotiate().execute("query-name") == {}
         with pytest.raises(InUse):
             server.listen(address, allow_local_users=True)
+
+
+def test_a_web_page_cannot_give_commands_through_its_readers_browser(
+    monitor: tuple[Served, UnixAddress],
+) -> None:
+    server, _ = monitor
+    address = server.listen(TcpAddress("127.0.0.1", 0), allow_local_users=True)
+    body = b'{"execute":"qmp_capabilities"}{"execute":"stop"}'
+    with Client(address) as browser:
+        browser.send(b"POST / HTTP/1.1\r\nContent-Type: text/plain\r\n\r\n" + body)
+        assert "QMP" in browser.message()
+        with suppress(ConnectionError):
+            assert browser.line() == b""
+    assert server.host.machine.run_state == "running"
 
 
 def test_nobody_listening_is_told_in_one_sentence(tmp_path: Path) -> None:

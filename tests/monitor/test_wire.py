@@ -167,13 +167,13 @@ def test_too_many_tokens_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "endless", [b"[" * 500, b'{"a":' * 100, b'"\\u0041', b"a", b"1", b'{"x":[@ ', b"' '", b"\\"], ids=repr
+    "endless", [b"[" * 500, b'{"a":' * 100, b'"\\u0041', b"a", b"1", b'{"x":[@ ', b"' '", b"\\"], ids=range(8)
 )
 def test_endless_input_is_taken_and_memory_stays_within_bounds(endless: bytes) -> None:
     decoder = wire.Decoder()
     piece = endless * (16384 // len(endless))
     before = peak_kib()
-    for _ in range(100):
+    for _ in range(40):
         for _ in decoder.feed(piece):
             pass
     assert peak_kib() - before < 128 << 10

@@ -77,7 +77,11 @@ class Register(Device):
         self.queue = b""
         self.refuses_check = False
         self.fails_load = 0
+        self.generation = 0
         self.loads = 0
+
+    def new_generation_id(self) -> None:
+        self.generation += 1
 
     def save_state(self) -> Values:
         return {"value": self.value, "length": len(self.queue), "queue": self.queue, "late": 1}

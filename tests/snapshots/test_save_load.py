@@ -2,12 +2,15 @@
 fails."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pytest
 
+from block.faults import ForwardingNode
 from snapshots.hosts import (
     DISK,
     Register,
@@ -23,10 +26,12 @@ from snapshots.hosts import (
     opened,
     qemu_img_check,
 )
-from stillframe.block.node import Node
+from stillframe.block.node import Node, SnapshotRecord
 from stillframe.errors import Cancelled, IOFailed, Refused, StateMismatch, StillframeError, StreamCorrupt
 from stillframe.machine.machine import Machine
 from stillframe.machine.run_state import RunState
+from stillframe.vmstate import layout
+from stillframe.vmstate.stream import RAM_SECTION_ID
 
 RAM = 6 << 20
 ROM = 64 << 10
@@ -113,6 +118,21 @@ def test_the_guest_is_stopped_and_resumed_once(nodes: tuple[Node, Node]) -> None
     do_load(machine, nodes, "one")
     do_delete(nodes, "one")
     assert names == ["STOP", "RESUME", "STOP", "RESUME"]
+
+
+def test_a_load_and_nothing_else_gives_a_new_generation_id(nodes: tuple[Node, Node]) -> None:
+    device = Register()
+    machine = machine_with(device)
+    do_save(machine, nodes, "one")
+    device.refuses_check = True
+    refused_load(machine, nodes, StateMismatch)
+    assert device.generation == 0
+    device.refuses_check, device.fails_load = False, 1
+    with pytest.raises(IOFailed):
+        do_load(machine, nodes, "one")
+    assert device.generation == 0
+    do_load(machine, nodes, "one")
+    assert device.generation == 1
 
 
 @pytest.mark.parametrize("state", [RunState.SHUTDOWN, RunState.INTERNAL_ERROR])
@@ -354,3 +374,98 @@ def test_an_older_release_is_loaded(nodes: tuple[Node, Node]) -> None:
     device = Register("register")
     do_load(machine_with(device), nodes, "one")
     assert device.value == 77
+
+
+class Journal(ForwardingNode):
+    """Notes flushes and the writes that switch an image's tables: those of the header."""
+
+    def __init__(self, inner: Node, journal: list[str]) -> None:
+        super().__init__(inner)
+        self.journal = journal
+        self.name = inner.node_name.removesuffix("-file")
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        if offset < 104:
+            self.journal.append(f"switch {self.name}")
+        super().write(offset, data)
+
+    def flush(self) -> None:
+        self.journal.append(f"flush {self.name}")
+        super().flush()
+
+
+def test_the_state_nodes_switch_is_the_commit_of_the_group(tmp_path: Path) -> None:
+    """Last in a save and a load, first in a delete; and what can be flushed is flushed while the guest
+    runs."""
+    machine = machine_with()
+    journal: list[str] = []
+    with (
+        opened(new_image(tmp_path / "a"), "state", lambda inner: Journal(inner, journal)) as state,
+        opened(new_image(tmp_path / "b"), "member", lambda inner: Journal(inner, journal)) as member,
+    ):
+        machine.events.subscribe(lambda event: journal.append(event.name))
+        nodes = [state, member]
+
+        def switches_of(operation: Callable[[], None]) -> list[str]:
+            journal.clear()
+            operation()
+            return [each for each in journal if each.startswith("switch")]
+
+        assert switches_of(lambda: do_save(machine, nodes, "one", vmstate="state")) == [
+            "switch member",
+            "switch state",
+        ]
+        before = journal[: journal.index("STOP")]
+        assert {"flush member", "flush state"} <= set(before)
+        assert switches_of(lambda: do_load(machine, nodes, "one", vmstate="state")) == [
+            "switch member",
+            "switch state",
+        ]
+        assert switches_of(lambda: do_delete(nodes[::-1], "one")) == ["switch state", "switch member"]
+
+
+def test_a_page_that_became_zero_later_in_the_state_is_zero(nodes: tuple[Node, Node]) -> None:
+    """An incremental state holds stale pages, and what they became behind them."""
+    machine = machine_with()
+    fill(machine, 1)
+    do_save(machine, nodes, "stale")
+    for block in machine.memory:
+        block.view[::4096] = bytes(len(block.view) // 4096)
+        block.view[: len(block.view) // 2] = bytes(len(block.view) // 2)
+    memory = memory_of(machine)
+    do_save(machine, nodes, "fresh")
+    store = nodes[0].snapshot_store
+    assert store is not None
+    stale, fresh = (store.read_state(found, 0, found.state_size) for found in store.snapshots())
+    part, end = layout.mark(layout.PART, RAM_SECTION_ID), layout.mark(layout.END, RAM_SECTION_ID)
+    pending = store.freeze()
+    pending.write_state(0, stale[: stale.index(end)] + fresh[fresh.index(part) :])
+    change = pending.prepare(SnapshotRecord("both", 0, 0))
+    change.commit()
+    change.finish()
+    fill(machine, 2)
+    do_load(machine, nodes[:1], "both")
+    assert memory_of(machine) == memory
+
+
+def test_of_several_snapshots_of_a_name_the_one_of_the_same_save_is_loaded(
+    nodes: tuple[Node, Node], tmp_path: Path
+) -> None:
+    """Stock tools make second ones of a name."""
+    a, b = nodes
+    machine = machine_with()
+    b.write(0, b"other")
+    do_save(machine, [b], "one")
+    b.write(0, b"right")
+    do_save(machine, [a], "one")
+    # As qemu-img would: a snapshot of a name that is there.
+    state = a.info().snapshots[0]
+    assert state.lineage is not None
+    pending = b.snapshot_store.freeze() if b.snapshot_store else None
+    assert pending is not None
+    change = pending.prepare(SnapshotRecord("one", 0, 0, lineage=replace(state.lineage, snapshot=uuid4())))
+    change.commit()
+    change.finish()
+    b.write(0, b"later")
+    do_load(machine, [a, b], "one", vmstate="a")
+    assert b.read(0, 5) == b"right"

@@ -155,6 +155,7 @@ def replaced(data: bytes, old: bytes, new: bytes) -> bytes:
 
 
 STREAM = sample(mixed_memory(64))
+ZEROES = sample(bytes(8 * 4096))
 TIMER_HEAD = mark(4, RAM + 1) + b"\5timer"
 BETWEEN = mark(0x7E, RAM + 1) + mark(4, RAM + 2)
 """The footer of `timer` and the beginning of `globalstate`."""
@@ -188,6 +189,20 @@ DAMAGE: dict[str, tuple[bytes, str]] = {
     "length of no pages": (
         replaced(STREAM, b"\4ram0" + struct.pack(">Q", 64 << 12), b"\4ram0" + struct.pack(">Q", 5)),
         "Memory block 'ram0' has 5 bytes",
+    ),
+    "zero page with a value": (
+        replaced(ZEROES, struct.pack(">Q", 0x02) + b"\4ram0\0", struct.pack(">Q", 0x02) + b"\4ram0\7"),
+        "Found a zero page with value 7",
+    ),
+    "zero page with a value in a run": (
+        replaced(
+            ZEROES, struct.pack(">Q", 5 << 12 | 0x22) + b"\0", struct.pack(">Q", 5 << 12 | 0x22) + b"\7"
+        ),
+        "Found a zero page with value 7",
+    ),
+    "no end of the memory": (
+        replaced(STREAM, mark(3, RAM) + struct.pack(">Q", 0x10) + mark(0x7E, RAM), b""),
+        "The memory's section has no end",
     ),
     "another command": (QEMU_STREAM.replace(b"\x08\0\x0b\0\0", b"\x08\0\x0c\0\0"), "MIG_CMD 0xc unknown"),
 }

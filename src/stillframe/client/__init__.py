@@ -101,7 +101,8 @@ class Client:
     async def __aenter__(self) -> "Client":
         sock = connected_socket(self.address)
         try:
-            await asyncio.wait_for(self._qmp.connect(sock), _GREETING_SECONDS)
+            async with asyncio.timeout(_GREETING_SECONDS):
+                await self._qmp.connect(sock)
         except TimeoutError as error:
             sock.close()
             raise PeerError(
@@ -253,14 +254,14 @@ class Client:
         """
         job_id = job_id or f"stillframe-{secrets.token_hex(6)}"
         with self._qmp.listener("JOB_STATUS_CHANGE") as listener:
-            await self.execute(command, {"job-id": job_id, **arguments})
             try:
+                await self.execute(command, {"job-id": job_id, **arguments})
                 job = await self._until_concluded(job_id, listener, progress)
             except asyncio.CancelledError:
-                job = await asyncio.shield(self._cancel(job_id, listener))
-                if job.error is not None:
-                    await self.execute("job-dismiss", {"id": job_id})
+                done = await asyncio.shield(self._cancel(job_id, listener))
+                if done is None:
                     raise
+                job = done
                 if (task := asyncio.current_task()) is not None:
                     task.uncancel()
         await self.execute("job-dismiss", {"id": job_id})
@@ -282,18 +283,29 @@ class Client:
             if job.status == "concluded":
                 return job
             try:
-                await asyncio.wait_for(listener.get(), _POLL_SECONDS)
+                # Not wait_for: before Python 3.12 it can swallow a cancellation.
+                async with asyncio.timeout(_POLL_SECONDS):
+                    await listener.get()
             except TimeoutError:
                 continue
 
-    async def _cancel(self, job_id: str, listener: EventListener) -> JobState:
+    async def _cancel(self, job_id: str, listener: EventListener) -> JobState | None:
+        """The job, if it was done in spite of the cancel; else it is gone, was never started, or its server
+        is gone.
+        """
         try:
             await self.execute("job-cancel", {"id": job_id})
         except PeerError:
-            # It has just concluded, or is past the point from which it can be undone: then its end is
-            # awaited.
+            # It has just concluded, or is past the point from which it can be undone: its end is awaited.
             pass
-        return await self._until_concluded(job_id, listener, None)
+        try:
+            job = await self._until_concluded(job_id, listener, None)
+            if job.error is None:
+                return job
+            await self.execute("job-dismiss", {"id": job_id})
+        except PeerError:
+            pass
+        return None
 
     # Snapshots
 

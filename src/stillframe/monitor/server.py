@@ -65,7 +65,7 @@ class MonitorServer:
             taken.
         """
         if isinstance(address, StdioAddress):
-            self._welcome(StdioStream(*self._stdio), "stdio")
+            self._welcome(StdioStream(*self._stdio), address)
             return address
         if isinstance(address, UnixAddress):
             sock = listening_socket(address)
@@ -89,13 +89,15 @@ class MonitorServer:
                 stream.write(wire.encode({"error": {"class": refusal.qmp_class, "desc": str(refusal)}}))
                 writer.close()
                 return
-            self._welcome(stream, str(address))
+            self._welcome(stream, address)
 
         return connected
 
-    def _welcome(self, stream: Stream, where: str) -> None:
+    def _welcome(self, stream: Stream, address: Address) -> None:
         self._numbers += 1
-        session = Session(self._host, stream, self._run_blocking, f"client {self._numbers} at {where}")
+        who = f"client {self._numbers} at {address}"
+        on_tcp = isinstance(address, TcpAddress)
+        session = Session(self._host, stream, self._run_blocking, who, on_tcp=on_tcp)
         self._sessions[session] = self._loop.create_task(self._serve(session))
 
     async def _serve(self, session: Session) -> None:

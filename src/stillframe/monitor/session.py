@@ -76,9 +76,16 @@ class Session:
     """See the module's text. Lives on the control plane's loop.
 
     :param run_blocking: where commands are run.
+    :param who: for the log.
+    :param on_tcp: a web page can make its reader's browser send anything to a TCP port of the host, in the
+        body of a request whose head would be forgiven here: a client that begins as HTTP does is not listened
+        to.
     """
 
-    def __init__(self, host: Host, stream: Stream, run_blocking: Runner, who: str) -> None:
+    def __init__(
+        self, host: Host, stream: Stream, run_blocking: Runner, who: str, *, on_tcp: bool = False
+    ) -> None:
+        self._on_tcp = on_tcp
         self._host = host
         self._stream = stream
         self._run_blocking = run_blocking
@@ -92,6 +99,9 @@ class Session:
         decoder = wire.Decoder()
         answered = 0
         while data := await self._stream.read():
+            if self._on_tcp and not answered and data[:1].isupper():
+                _log.warning("%s speaks HTTP: connection closed", self._who)
+                return
             for message in decoder.feed(data):
                 reply = await self._answer(message)
                 self._stream.write(wire.encode(reply))
@@ -100,13 +110,16 @@ class Session:
                     return
                 answered += 1
                 if answered % _BREATH_MESSAGES == 0:
-                    # A flood of one client's must not keep the others waiting.
                     await asyncio.sleep(0)
+            # Neither reading nor draining need to wait: without this a flood of one client's would keep the
+            # others waiting.
+            await asyncio.sleep(0)
 
     async def finish(self, seconds: float) -> None:
         """Close once everything was taken, or `seconds` have passed."""
         try:
-            await asyncio.wait_for(self._stream.flush(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._stream.flush()
         except TimeoutError:
             _log.warning("%s did not take its last messages", self._who)
         self._stream.close()

@@ -6,7 +6,8 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 
-_PIECE = 16 << 10
+# Small enough that the loop is free again within milliseconds, whatever is in it.
+_PIECE = 4 << 10
 
 
 class Stream(ABC):
@@ -156,7 +157,7 @@ class StdioStream(Stream):
         return self._unsent
 
     async def drain(self) -> None:
-        if self._unsent > 4 * _PIECE:
+        if self._unsent > 16 * _PIECE:
             await self.flush()
 
     async def flush(self) -> None:

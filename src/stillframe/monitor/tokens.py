@@ -11,7 +11,7 @@ After a stray byte everything up to the next structural character or line end is
 """
 
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 from stillframe.errors import InvalidRequest
@@ -25,7 +25,7 @@ class JSONError(InvalidRequest):
     """The text is not JSON; the message is QEMU's."""
 
 
-_WHITE: Final = re.compile(rb"[ \t\r\n]*")
+_WHITE: Final = frozenset(b" \t\r\n")
 _PUNCTUATION: Final = frozenset(b"{}[]:,")
 _SKIPPED: Final = re.compile(rb"[^\x00-\x08\x0a-\x1f,:\[\]{}\xfe\xff]*")
 _STRING_BODY: Final = {
@@ -34,6 +34,7 @@ _STRING_BODY: Final = {
 }
 _LETTERS: Final = re.compile(rb"[a-z]*")
 _DIGITS: Final = re.compile(rb"[0-9]*")
+_NOTHING: Final = re.compile(rb"")
 
 _SIMPLE_ESCAPES: Final = {
     '"': '"',
@@ -137,6 +138,39 @@ def number(text: str) -> int | float:
     return float(text)
 
 
+_SINGLE: Final = {byte: bytes((byte,)) for byte in _PUNCTUATION}
+_BEGINNINGS: Final = {
+    ord('"'): "string",
+    ord("'"): "string",
+    ord("-"): "sign",
+    ord("0"): "zero",
+    **dict.fromkeys(range(0x31, 0x3A), "integer"),
+    **dict.fromkeys(range(0x61, 0x7B), "keyword"),
+}
+
+# What a byte after the beginning of a number makes of it, where it has to be one of these.
+_MUST: Final = {
+    "sign": {ord("0"): "zero", **dict.fromkeys(range(0x31, 0x3A), "integer")},
+    "point": dict.fromkeys(range(0x30, 0x3A), "fraction"),
+    "e": {
+        ord("+"): "exponent sign",
+        ord("-"): "exponent sign",
+        **dict.fromkeys(range(0x30, 0x3A), "exponent"),
+    },
+    "exponent sign": dict.fromkeys(range(0x30, 0x3A), "exponent"),
+}
+
+# What may go on for any number of bytes, and which byte then leads on to what. QEMU takes no exponent right
+# after a lone zero.
+_RUNS: Final[dict[str, tuple[re.Pattern[bytes], str, dict[int, str]]]] = {
+    "keyword": (_LETTERS, "keyword", {}),
+    "zero": (_NOTHING, "number", {ord("."): "point"}),
+    "integer": (_DIGITS, "number", {ord("."): "point", ord("e"): "e", ord("E"): "e"}),
+    "fraction": (_DIGITS, "number", {ord("e"): "e", ord("E"): "e"}),
+    "exponent": (_DIGITS, "number", {}),
+}
+
+
 class Lexer:
     """The state between two pieces of a connection's text: the token that has begun. Time is linear in the
     input.
@@ -158,170 +192,91 @@ class Lexer:
         position = 0
         size = len(data)
         while position < size:
+            if self._kind:
+                position, token = self._go_on(data, position)
+                if token is not None:
+                    yield token
+                continue
             if self._recovering:
                 position = _end(_SKIPPED, data, position)
                 if position == size:
                     return
                 self._recovering = False
-            if not self._kind:
-                position = _end(_WHITE, data, position)
-                if position == size:
-                    return
-                byte = data[position]
-                if byte in _PUNCTUATION:
-                    position += 1
-                    yield "punctuation", bytes((byte,))
-                    continue
+            byte = data[position]
+            position += 1
+            if byte in _SINGLE:
+                yield "punctuation", _SINGLE[byte]
+            elif byte not in _WHITE:
                 self._token.append(byte)
-                position += 1
-                if byte in b"\"'":
-                    self._kind, self._quote = "string", byte
-                elif 0x61 <= byte <= 0x7A:
-                    self._kind = "keyword"
-                elif byte == 0x2D:
-                    self._kind = "sign"
-                elif byte == 0x30:
-                    self._kind = "zero"
-                elif 0x31 <= byte <= 0x39:
-                    self._kind = "integer"
-                else:
-                    yield from self._stray()
-                continue
-            position = yield from self._go_on(data, position)
+                self._kind = _BEGINNINGS.get(byte, "")
+                self._quote = byte
+                if not self._kind:
+                    yield self._stray()
 
-    def _go_on(self, data: bytes, position: int) -> Generator[Token, None, int]:
-        """Lengthen the token that was begun; returns where it stopped."""
+    def _go_on(self, data: bytes, position: int) -> tuple[int, Token | None]:
+        """Lengthen the token that was begun: where that stopped, and the token if it is complete."""
         kind = self._kind
         if kind == "string":
-            stop = _end(_STRING_BODY[self._quote], data, position)
-            self._token += data[position:stop]
-            if stop == len(data):
-                yield from self._bound()
-                return stop
-            byte = data[stop]
-            self._token.append(byte)
-            if byte == self._quote:
-                yield from self._finish("string")
-            elif byte == 0x5C and stop + 1 == len(data):
-                self._kind = "escape"
-            elif byte == 0x5C:
-                self._token.append(data[stop + 1])
-                yield from self._stray()
-                return stop + 2
-            else:
-                yield from self._stray()
-            return stop + 1
+            return self._string(data, position)
         byte = data[position]
         if kind == "escape":
             self._token.append(byte)
             if byte < 0x20 or byte >= 0xFE:
-                yield from self._stray()
-            else:
-                self._kind = "string"
-            return position + 1
-        if kind == "keyword":
-            return (yield from self._run(_LETTERS, "keyword", data, position))
-        if kind == "sign":
-            return (yield from self._must(data, position, {0x30: "zero"}, "integer"))
-        if kind == "zero":
-            if 0x30 <= byte <= 0x39:
-                self._token.append(byte)
-                yield from self._stray()
-                return position + 1
-            if byte in b"eE":
-                # QEMU takes no exponent right after a lone zero: the number ends here.
-                yield from self._finish("number")
-                return position
-            return (yield from self._after_integer(data, position))
-        if kind == "integer":
-            stop = _end(_DIGITS, data, position)
-            self._token += data[position:stop]
-            if stop == len(data):
-                yield from self._bound()
-                return stop
-            return (yield from self._after_integer(data, stop))
-        if kind == "point":
-            return (yield from self._must(data, position, {}, "fraction"))
-        if kind == "fraction":
-            stop = _end(_DIGITS, data, position)
-            self._token += data[position:stop]
-            if stop == len(data):
-                yield from self._bound()
-                return stop
-            if data[stop] in b"eE":
-                self._token.append(data[stop])
-                self._kind = "e"
-                return stop + 1
-            yield from self._finish("number")
-            return stop
-        if kind == "e":
-            return (
-                yield from self._must(
-                    data, position, {0x2B: "exponent sign", 0x2D: "exponent sign"}, "exponent"
-                )
-            )
-        if kind == "exponent sign":
-            return (yield from self._must(data, position, {}, "exponent"))
-        return (yield from self._run(_DIGITS, "number", data, position))
-
-    def _run(
-        self, letters: re.Pattern[bytes], finished: str, data: bytes, position: int
-    ) -> Generator[Token, None, int]:
-        """The rest of a token that ends where something else begins."""
-        stop = _end(letters, data, position)
+                return position + 1, self._stray()
+            self._kind = "string"
+            return position + 1, None
+        if kind in _MUST:
+            self._token.append(byte)
+            self._kind = _MUST[kind].get(byte, "")
+            return position + 1, None if self._kind else self._stray()
+        pattern, finished, leads = _RUNS[kind]
+        stop = _end(pattern, data, position)
         self._token += data[position:stop]
         if stop == len(data):
-            yield from self._bound()
-        else:
-            yield from self._finish(finished)
-        return stop
+            return stop, self._bound()
+        byte = data[stop]
+        if kind == "zero" and 0x30 <= byte <= 0x39:
+            self._token.append(byte)
+            return stop + 1, self._stray()
+        if byte in leads:
+            self._token.append(byte)
+            self._kind = leads[byte]
+            return stop + 1, None
+        return stop, self._finish(finished)
 
-    def _must(
-        self, data: bytes, position: int, others: dict[int, str], digits: str
-    ) -> Generator[Token, None, int]:
-        """A byte that has to be a digit, or one of `others`."""
-        byte = data[position]
+    def _string(self, data: bytes, position: int) -> tuple[int, Token | None]:
+        stop = _end(_STRING_BODY[self._quote], data, position)
+        self._token += data[position:stop]
+        if stop == len(data):
+            return stop, self._bound()
+        byte = data[stop]
         self._token.append(byte)
-        if byte in others:
-            self._kind = others[byte]
-        elif 0x30 <= byte <= 0x39:
-            self._kind = digits
-        else:
-            yield from self._stray()
-        return position + 1
+        if byte == self._quote:
+            return stop + 1, self._finish("string")
+        if byte != 0x5C:
+            return stop + 1, self._stray()
+        # The body takes every escape that is whole and may be: this one is neither.
+        self._kind = "escape"
+        return stop + 1, None
 
-    def _after_integer(self, data: bytes, position: int) -> Generator[Token, None, int]:
-        byte = data[position]
-        if byte == 0x2E:
-            self._token.append(byte)
-            self._kind = "point"
-            return position + 1
-        if byte in b"eE":
-            self._token.append(byte)
-            self._kind = "e"
-            return position + 1
-        yield from self._finish("number")
-        return position
-
-    def _bound(self) -> Iterator[Token]:
+    def _bound(self) -> Token | None:
         """A token that grows past all bounds is given up."""
-        if len(self._token) > MAX_TOKEN_BYTES:
-            yield from self._finish("string")
+        return self._finish("string") if len(self._token) > MAX_TOKEN_BYTES else None
 
-    def _stray(self) -> Iterator[Token]:
+    def _stray(self) -> Token:
         text = readable(bytes(self._token).split(b"\0", 1)[0])
-        self._reset()
         self._recovering = True
-        yield "stray", text.encode("utf-8")
+        self._reset()
+        return "stray", text.encode()
+
+    def _finish(self, kind: str) -> Token:
+        token = bytes(self._token)
+        self._reset()
+        return kind, token
 
     def _reset(self) -> None:
         self._token = bytearray()
         self._kind = ""
-
-    def _finish(self, kind: str) -> Iterator[Token]:
-        token = bytes(self._token)
-        self._reset()
-        yield kind, token
 
 
 def _end(pattern: re.Pattern[bytes], data: bytes, position: int) -> int:

@@ -240,6 +240,7 @@ class Decoder:
     def __init__(self) -> None:
         self._lexer = Lexer()
         self._building = _Building()
+        self._taken: Any = None
 
     def feed(self, data: bytes) -> Iterator[Any]:
         """Values that are complete with `data`, and a `JSONError` (yielded, not raised) for each error.
@@ -256,49 +257,45 @@ class Decoder:
                     yield value
                     position = end
                     continue
-            for token in self._lexer.feed(line):
-                yield from self._take(*token)
+            for kind, token in self._lexer.feed(line):
+                if self._take(kind, token):
+                    yield self._taken
             position = end
 
     @property
     def _idle(self) -> bool:
         return self._lexer.idle and not self._building.begun
 
-    def _take(self, kind: str, token: bytes) -> Iterator[Any]:
-        """One token more; yields the value or the error that it completes."""
+    def _take(self, kind: str, token: bytes) -> bool:
+        """One token more; True if it completes a value or an error, which is in `_taken` then."""
         building = self._building
         if kind == "stray":
-            self._building = _Building()
-            yield JSONError(f"JSON parse error, stray '{token.decode()}'")
-            return
+            return self._refuse(f"JSON parse error, stray '{token.decode()}'")
         if kind == "punctuation":
             building.braces += (token == b"{") - (token == b"}")
             building.brackets += (token == b"[") - (token == b"]")
-        size = len(token)
-        if building.token_bytes + size + 1 > MAX_TOKEN_BYTES:
-            bound = "size"
-        elif building.tokens + 1 > MAX_TOKENS:
-            bound = "count"
-        elif building.braces + building.brackets > MAX_NESTING:
-            self._building = _Building()
-            yield JSONError("JSON nesting depth limit exceeded")
-            return
-        else:
-            bound = ""
-        if bound:
-            self._building = _Building()
-            yield JSONError(f"JSON token {bound} limit exceeded")
-            return
+        if building.token_bytes + len(token) + 1 > MAX_TOKEN_BYTES:
+            return self._refuse("JSON token size limit exceeded")
+        if building.tokens + 1 > MAX_TOKENS:
+            return self._refuse("JSON token count limit exceeded")
+        if building.braces + building.brackets > MAX_NESTING:
+            return self._refuse("JSON nesting depth limit exceeded")
         building.tokens += 1
-        building.token_bytes += size
+        building.token_bytes += len(token)
         if building.error is None:
             building.error = _parse(building, kind, token)
             if building.error is not None:
                 building.open = []
         if (building.braces > 0 or building.brackets > 0) and building.braces >= 0 and building.brackets >= 0:
-            return
-        self._building = _Building()
-        yield building.value if building.error is None else JSONError(building.error)
+            return False
+        if building.error is not None:
+            return self._refuse(building.error)
+        self._building, self._taken = _Building(), building.value
+        return True
+
+    def _refuse(self, text: str) -> bool:
+        self._building, self._taken = _Building(), JSONError(text)
+        return True
 
 
 def _parse(building: _Building, kind: str, token: bytes) -> str | None:

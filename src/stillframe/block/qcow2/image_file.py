@@ -1,11 +1,12 @@
 """The child node as qcow2 sees it: bytes past its end are zeroes, and writes make it grow."""
 
+import contextlib
 import errno
 import os
 import threading
 
 from stillframe.block.node import Node
-from stillframe.errors import io_failed
+from stillframe.errors import IOFailed, io_failed
 
 
 class ImageFile:
@@ -71,10 +72,14 @@ class ImageFile:
                 self._written = size
 
     def discard(self, offset: int, length: int) -> None:
-        """Give back the space of a range, as far as it exists."""
+        """Give back the space of a range, as far as it exists.
+
+        A hint: where the storage fails at it, the space stays with the file, and its clusters can be used again all the same.
+        """
         length = min(length, self.node.size - offset)
         if length > 0:
-            self.node.discard(offset, length)
+            with contextlib.suppress(IOFailed):
+                self.node.discard(offset, length)
 
     def flush(self) -> None:
         """See `Node.flush`."""

@@ -247,15 +247,13 @@ class VirtBoard:
 
     def _load(self) -> Program:
         config = self._config
-        kernel = None if config.kernel is None else load_kernel(config.kernel, RAM_BASE, config.memory_size)
-        if config.bios is None:
-            assert kernel is not None  # noqa: S101 - _refuse_what_does_not_fit saw to it
-            return kernel
-        firmware = load_firmware(config.bios, RAM_BASE, config.memory_size)
-        if kernel is None:
-            return firmware
-        blobs = (*firmware.blobs, *kernel.blobs)
-        return Program(blobs, firmware.entry, max(firmware.end, kernel.end))
+        programs = []
+        if config.bios is not None:
+            programs.append(load_firmware(config.bios, RAM_BASE, config.memory_size))
+        if config.kernel is not None:
+            programs.append(load_kernel(config.kernel, RAM_BASE, config.memory_size))
+        blobs = tuple(blob for program in programs for blob in program.blobs)
+        return Program(blobs, programs[0].entry, max(program.end for program in programs))
 
     def _place(self) -> tuple[Blob, ...]:
         """All that power-on puts into RAM; the device tree last."""

@@ -199,40 +199,20 @@ class BlockErrorAction(Enum):
 class BlockIoError(Structure, kw_only=True):
     """A request of the guest failed.
 
-    :param device: always empty.
-    :param qom_path: the guest's device.
+    :param device: the guest's.
     :param node_name: the node that failed.
+    :param operation: what the guest wanted.
+    :param action: what was done about it; after `stop` the request is tried again at `cont`.
     :param nospace: for want of space.
     :param reason: in words.
     """
 
     device: str
-    qom_path: str | UnsetType = UNSET
     node_name: str | UnsetType = UNSET
     operation: IoOperationType
     action: BlockErrorAction
     nospace: bool | UnsetType = UNSET
     reason: str
-
-
-@event("BLOCK_IMAGE_CORRUPTED")
-class BlockImageCorrupted(Structure, kw_only=True):
-    """An image's tables contradict each other.
-
-    :param device: always empty.
-    :param node_name: the node.
-    :param msg: what contradicts what.
-    :param offset: where, bytes.
-    :param size: how much, bytes.
-    :param fatal: the image is no longer used.
-    """
-
-    device: str
-    node_name: str | UnsetType = UNSET
-    msg: str
-    offset: int | UnsetType = UNSET
-    size: int | UnsetType = UNSET
-    fatal: bool
 
 
 def snapshot_info(snapshot: block.SnapshotInfo) -> SnapshotInfo:

@@ -121,7 +121,6 @@ class UnicornEngine:
         self._slice_end_ns: float = 0
         processor.add_hook(HOOK_TRAP, TrapCallback(self._on_trap))
         processor.add_hook(HOOK_INVALID, InvalidCallback(self._on_breakpoint))
-        processor.add_hook(HOOK_STORE_UNMAPPED, AccessCallback(self._on_store_to_nothing))
         if state is not None:
             self._time_callback = _TimeCallback(self._time)
             state[layout.RDTIME] = ctypes.cast(self._time_callback, ctypes.c_void_p).value or 0
@@ -139,9 +138,19 @@ class UnicornEngine:
                 self._processor.map_memory(block.base, block.size, block.host_address)
         for region in regions:
             self._processor.map_device(region.base, region.size, self._reader(region), self._writer(region))
+        self._watch_stores_to_nothing(memory)
         self._memory = memory
         memory.invalidate = lambda address, length: self._cpu.forget_code(address, address + length)
         memory.invalidate_all = self._processor.forget_everything
+
+    def _watch_stores_to_nothing(self, memory: GuestMemory) -> None:
+        """Below and above RAM: where such a hook reaches RAM, Unicorn takes every store there for one to code."""
+        callback = AccessCallback(self._on_store_to_nothing)
+        ram = sorted((block.base, block.base + block.size) for block in memory if block.is_ram)
+        starts = [0, *(end for _, end in ram)]
+        ends = [*(base - 1 for base, _ in ram), (1 << 64) - 1]
+        for start, end in zip(starts, ends, strict=True):
+            self._processor.add_hook(HOOK_STORE_UNMAPPED, callback, start, end)
 
     # Slices
 

@@ -177,15 +177,17 @@ class Processor:
         error = self.library.mmio_map(self.handle, base, size, at_read, None, at_write, None)
         self._check(f"map a device at {base:#x}", error)
 
-    def add_hook(self, kind: int, callback: object) -> int:
-        """A hook for all addresses; its handle.
+    def add_hook(self, kind: int, callback: object, begin: int = 1, end: int = 0) -> int:
+        """A hook for the addresses from `begin` to `end`, for all if that is less; its handle.
 
         :param callback: one of this module's callback types, or the address of a native function.
         """
         self._kept.append(callback)
         address = c_void_p(callback) if isinstance(callback, int) else ctypes.cast(callback, c_void_p)  # type: ignore[arg-type]
         hook = c_size_t()
-        self._check("add a hook", self.library.hook_add(self.handle, byref(hook), kind, address, None, 1, 0))
+        self._check(
+            "add a hook", self.library.hook_add(self.handle, byref(hook), kind, address, None, begin, end)
+        )
         return hook.value
 
     def forget_code(self, start: int, end: int) -> None:
