@@ -13,6 +13,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "stillframe"
 LEVELS = {
     "errors": 0,
     "events": 0,
+    "sockets": 0,
     "jobs": 1,
     "block": 1,
     "vmstate": 2,

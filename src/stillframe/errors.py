@@ -165,9 +165,7 @@ class PeerError(StillframeError):
     :param error_class: the QMP class of its answer; "GenericError" where there was none.
     """
 
-    def __init__(
-        self, message: str, *, error_class: str = "GenericError", remedy: str | None = None
-    ) -> None:
+    def __init__(self, message: str, *, error_class: str = "GenericError", remedy: str | None = None) -> None:
         super().__init__(message, remedy=remedy)
         self.error_class = error_class
 

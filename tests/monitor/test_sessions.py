@@ -161,9 +161,9 @@ def test_of_many_processes_that_find_a_dead_socket_one_gets_the_address(tmp_path
         "import sys, time\n"
         "from pathlib import Path\n"
         "from stillframe.errors import InUse\n"
-        "from stillframe.monitor.addresses import UnixAddress, listening_socket\n"
+        "from stillframe.sockets import listening_unix_socket\n"
         "sys.stdin.readline()\n"
-        "try:\n    sock = listening_socket(UnixAddress(Path(sys.argv[1])))\n"
+        "try:\n    sock, _ = listening_unix_socket(Path(sys.argv[1]))\n"
         "except InUse:\n    print('in use', flush=True)\n"
         "else:\n    print('mine', flush=True)\n    sys.stdin.readline()\n"
     )

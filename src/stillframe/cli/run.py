@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from stillframe.cli.main import EXIT_FAILED
 from stillframe.cli.run_options import (
     ConsoleOptions,
     DeviceOptions,
@@ -82,7 +83,8 @@ MONITOR
   unix:PATH, stdio, or tcp:HOST:PORT on a loopback address. There is no authentication: a TCP
   port is open to every user of this host, so it needs --allow-local-users, too.
 
-SIGTERM and SIGINT end the machine as `quit` does: jobs are cancelled, images stay consistent."""
+SIGTERM and SIGINT end the machine as `quit` does: jobs are cancelled and waited for, images stay
+consistent. A second one ends it at once."""
 )
 @click.option("--name", metavar="NAME", help="What the machine is called; other commands find it by this.")
 @click.option("--engine", default="unicorn", show_default=True, help="What runs the guest's instructions.")
@@ -90,7 +92,11 @@ SIGTERM and SIGINT end the machine as `quit` does: jobs are cancelled, images st
     "--machine", "board", default="virt", show_default=True, help="The board: virt, or none for nodes alone."
 )
 @click.option("--memory", default="128M", show_default=True, metavar="SIZE", help="The guest's memory.")
-@click.option("--kernel", type=click.Path(path_type=Path), help="A riscv64 kernel: Image, Image.gz or ELF; or `bundled`, the guest that comes with stillframe.")
+@click.option(
+    "--kernel",
+    type=click.Path(path_type=Path),
+    help="A riscv64 kernel: Image, Image.gz or ELF; or `bundled`, the guest that comes with stillframe.",
+)
 @click.option("--initrd", type=click.Path(path_type=Path), help="The kernel's initial file system.")
 @click.option("--append", default="", metavar="WORDS", help="The kernel's command line.")
 @click.option("--bios", type=click.Path(path_type=Path), help="Firmware to start, in S mode.")
@@ -219,8 +225,15 @@ async def _serve(options: RunOptions) -> int:
     def end() -> None:
         loop.call_soon_threadsafe(ended.set)
 
+    def asked() -> None:
+        if ended.is_set():
+            # Whoever asks twice does not want to wait for a job's end; images are whole after any death.
+            click.echo("stillframe: ended at once, without waiting for jobs", err=True)
+            os._exit(EXIT_FAILED)
+        ended.set()
+
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        loop.add_signal_handler(number, ended.set)
+        loop.add_signal_handler(number, asked)
     events, graph = EventBus(), BlockGraph()
     with contextlib.ExitStack() as stack:
         stack.callback(graph.close)

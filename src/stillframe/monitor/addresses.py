@@ -11,21 +11,19 @@ a monitor of theirs there.
 """
 
 import contextlib
-import fcntl
 import ipaddress
 import os
 import re
 import socket
 import stat
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from stillframe.errors import AlreadyExists, InUse, InvalidRequest, NotFound, PeerError, Refused
+from stillframe.errors import InvalidRequest, NotFound, PeerError, Refused
+from stillframe.sockets import connected_unix_socket
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_SUN_PATH_BYTES = 107
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,30 +149,6 @@ def machine_names() -> list[str]:
     return sorted(path.stem for path in directory.glob("*.sock"))
 
 
-@contextlib.contextmanager
-def socket_path(path: Path) -> Iterator[str]:
-    """A name for `path` that fits a socket address, good inside the block.
-
-    :raise NotFound: its directory is missing.
-    """
-    if len(os.fsencode(path)) <= _SUN_PATH_BYTES:
-        yield str(path)
-        return
-    try:
-        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise NotFound(f"Could not open '{path.parent}': {error.strerror}") from error
-    try:
-        short = f"/proc/self/fd/{directory}/{path.name}"
-        if len(os.fsencode(short)) > _SUN_PATH_BYTES:
-            raise InvalidRequest(
-                f"'{path.name}' is too long a name for a socket", remedy="Use a shorter one."
-            )
-        yield short
-    finally:
-        os.close(directory)
-
-
 def connected_socket(address: Address) -> socket.socket:
     """A non-blocking stream socket, connected. Local sockets connect at once or not at all.
 
@@ -182,110 +156,15 @@ def connected_socket(address: Address) -> socket.socket:
     """
     if isinstance(address, StdioAddress):
         raise InvalidRequest("A monitor on stdio can be reached by its parent process only")
-    try:
-        if isinstance(address, TcpAddress):
-            sock = socket.create_connection((address.host, address.port), timeout=10)
-        else:
-            with socket_path(address.path) as name:
-                sock = socket.socket(socket.AF_UNIX)
-                try:
-                    sock.settimeout(10)
-                    sock.connect(name)
-                except BaseException:
-                    sock.close()
-                    raise
-    except OSError as error:
-        raise PeerError(
-            f"Could not connect to '{address}': {error.strerror or error}", remedy="Is the machine running?"
-        ) from error
-    sock.setblocking(False)
-    return sock
-
-
-def listening_socket(address: UnixAddress) -> socket.socket:
-    """Listen at a path with mode 0600; a socket left by a process that is gone is replaced.
-
-    :raise InUse: somebody listens there. :raise AlreadyExists: the path is something else.
-    :raise NotFound: no directory. :raise Refused: not permitted, or others could put a socket of theirs in
-        its place.
-    """
-    with _locked_directory(address), socket_path(address.path) as name:
-        _clear_stale(address, name)
-        sock = socket.socket(socket.AF_UNIX)
+    if isinstance(address, UnixAddress):
+        sock = connected_unix_socket(address.path)
+    else:
         try:
-            # bind() takes the file's mode from the socket's, so that it is right from the first moment on.
-            os.fchmod(sock.fileno(), 0o600)
-            sock.bind(name)
-            os.chmod(name, 0o600)
-            sock.listen(64)
+            sock = socket.create_connection((address.host, address.port), timeout=10)
         except OSError as error:
-            sock.close()
-            raise Refused(
-                f"Could not listen at '{address}': {error.strerror}",
-                remedy="Choose a path in a directory that you may write to.",
+            raise PeerError(
+                f"Could not connect to '{address}': {error.strerror or error}",
+                remedy="Is the machine running?",
             ) from error
     sock.setblocking(False)
     return sock
-
-
-@contextlib.contextmanager
-def _locked_directory(address: UnixAddress) -> Iterator[None]:
-    """Check the directory of a socket, and keep other processes of ours from replacing a stale one at the
-    same time.
-
-    The lock is waited for; its owner holds it for the time of a `bind`.
-    """
-    directory = address.path.parent
-    try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise NotFound(
-            f"Could not listen at '{address}': {error.strerror}", remedy="Make its directory first."
-        ) from error
-    try:
-        about = os.fstat(descriptor)
-        if about.st_uid not in (0, os.getuid()):
-            raise Refused(f"'{directory}' belongs to another user", remedy="Use a directory of your own.")
-        if about.st_mode & 0o022 and not about.st_mode & stat.S_ISVTX:
-            raise Refused(
-                f"Others may put files of theirs into '{directory}'", remedy=f"chmod go-w {directory}"
-            )
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def file_identity(address: UnixAddress) -> tuple[int, int]:
-    """Device and inode of a socket's file, for `remove_socket`. :raise OSError: it is gone."""
-    about = os.lstat(address.path)
-    return about.st_dev, about.st_ino
-
-
-def remove_socket(address: UnixAddress, identity: tuple[int, int]) -> None:
-    """Take a socket's file away, unless it is gone or another's by now."""
-    with contextlib.suppress(OSError, NotFound, Refused), _locked_directory(address):
-        if file_identity(address) == identity:
-            os.unlink(address.path)
-
-
-def _clear_stale(address: UnixAddress, name: str) -> None:
-    try:
-        mode = os.lstat(address.path).st_mode
-    except OSError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise AlreadyExists(f"'{address.path}' exists and is not a socket", remedy="Choose another path.")
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(5)
-        try:
-            probe.connect(name)
-        except ConnectionRefusedError:
-            os.unlink(address.path)
-            return
-        except OSError as error:
-            raise Refused(f"Could not look at '{address}': {error.strerror}") from error
-    raise InUse(
-        f"A process listens at '{address}' already",
-        remedy="Choose another path or name, or end that machine.",
-    )

@@ -21,14 +21,12 @@ from stillframe.monitor.addresses import (
     StdioAddress,
     TcpAddress,
     UnixAddress,
-    file_identity,
-    listening_socket,
     refuse_open_address,
-    remove_socket,
 )
 from stillframe.monitor.host import Host
 from stillframe.monitor.session import Session, event_message
 from stillframe.monitor.streams import SocketStream, StdioStream, Stream
+from stillframe.sockets import SocketFile, listening_unix_socket
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +47,7 @@ class MonitorServer:
         self._threads = ThreadPoolExecutor(MAX_SESSIONS, thread_name_prefix="monitor")
         self._sessions: dict[Session, asyncio.Task[None]] = {}
         self._servers: list[asyncio.Server] = []
-        self._files: list[tuple[UnixAddress, tuple[int, int]]] = []
+        self._files: list[SocketFile] = []
         self._numbers = 0
         self._over = asyncio.Event()
         self._closed = False
@@ -68,8 +66,8 @@ class MonitorServer:
             self._welcome(StdioStream(*self._stdio), address)
             return address
         if isinstance(address, UnixAddress):
-            sock = listening_socket(address)
-            self._files.append((address, file_identity(address)))
+            sock, file = listening_unix_socket(address.path)
+            self._files.append(file)
             self._servers.append(await asyncio.start_unix_server(self._connected(address), sock=sock))
             return address
         refuse_open_address(address, allow_local_users=allow_local_users)
@@ -142,8 +140,8 @@ class MonitorServer:
         self._unsubscribe()
         for server in self._servers:
             server.close()
-        for address, identity in self._files:
-            remove_socket(address, identity)
+        for file in self._files:
+            file.remove()
         farewells = [session.finish(_FAREWELL_SECONDS) for session in self._sessions]
         tasks = list(self._sessions.values())
         await asyncio.gather(*farewells)

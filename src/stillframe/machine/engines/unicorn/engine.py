@@ -5,7 +5,7 @@ outside, which would run an instruction twice. How the count is taken:
 
     counting       what the count is of         where a slice ends      chosen                        sha256 of 64 MB in Linux
     BLOCKS         translated blocks            before a block          with the host's clock         2.4 s (QEMU's TCG: 2.7 s)
-    INSTRUCTIONS   instructions                 before a block          with `icount`                 7.8 s
+    INSTRUCTIONS   instructions                 before a block          with `icount`                 8 to 10 s
     EXACT          instructions                 before an instruction   where `layout` finds another  18 s
                                                                         Unicorn than it knows
 
