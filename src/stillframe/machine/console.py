@@ -12,7 +12,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from stillframe.errors import AlreadyExists, InUse, io_failed
+from stillframe.errors import io_failed
+from stillframe.sockets import listening_unix_socket
 
 _INPUT_LIMIT = 64 << 10
 _OUTPUT_LIMIT = 4 << 20
@@ -184,15 +185,14 @@ class StdioConsole(_ThreadedConsole):
 
 
 class SocketConsole(_ThreadedConsole):
-    """A unix socket of mode 0600; one client at a time, the next one waits in line.
+    """A unix socket of its user's alone; one client at a time, the next one waits in line.
 
-    :raise AlreadyExists: the path is no socket. :raise InUse: somebody listens there.
+    :raise Refused: it cannot be had, as `listening_unix_socket` says.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         self._client: socket.socket | None = None
-        self._server = _listen(path)
+        self._server, self._file = listening_unix_socket(path)
         super().__init__()
         self._acceptor = threading.Thread(target=self._serve, name="console-socket", daemon=True)
         self._acceptor.start()
@@ -224,29 +224,5 @@ class SocketConsole(_ThreadedConsole):
                 with contextlib.suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)
         self._server.close()
-        self._path.unlink(missing_ok=True)
+        self._file.remove()
         self._acceptor.join(1.0)
-
-
-def _listen(path: Path) -> socket.socket:
-    if path.exists() or path.is_symlink():
-        if not path.is_socket():
-            raise AlreadyExists(f"'{path}' exists and is not a socket")
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.connect(str(path))
-            except OSError:
-                path.unlink(missing_ok=True)
-            else:
-                raise InUse(f"Somebody listens on '{path}' already")
-    server = socket.socket(socket.AF_UNIX)
-    former = os.umask(0o177)
-    try:
-        server.bind(str(path))
-    except OSError as error:
-        server.close()
-        raise io_failed(f"Could not open the console's socket '{path}'", error) from error
-    finally:
-        os.umask(former)
-    server.listen(1)
-    return server

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
+import msgspec
 from msgspec import UNSET, UnsetType, field
 
 from stillframe.block import node as block
+from stillframe.block.describe import named_block_node_json, snapshot_info_json
 from stillframe.monitor.host import Host
 from stillframe.monitor.schema import Structure, command, event
 
@@ -39,12 +41,13 @@ class ImageInfo(Structure, kw_only=True):
 
     :param filename: of the image, or a description of it.
     :param format: the driver.
-    :param dirty_flag: its metadata may need a repair.
+    :param dirty_flag: its metadata may need a repair; absent where a driver has none.
     :param actual_size: bytes that it takes on its storage.
     :param virtual_size: bytes of the disk.
     :param cluster_size: bytes of a cluster.
     :param encrypted: absent where it is not.
     :param backing_filename: as the image names it.
+    :param full_backing_filename: the same, found from the working directory.
     :param backing_filename_format: as the image names it.
     :param snapshots: absent where there are none.
     :param backing_image: of the node below; absent in a flat list.
@@ -53,12 +56,13 @@ class ImageInfo(Structure, kw_only=True):
 
     filename: str
     format: str
-    dirty_flag: bool
+    dirty_flag: bool | UnsetType = UNSET
     actual_size: int | UnsetType = UNSET
     virtual_size: int
     cluster_size: int | UnsetType = UNSET
     encrypted: bool | UnsetType = UNSET
     backing_filename: str | UnsetType = UNSET
+    full_backing_filename: str | UnsetType = UNSET
     backing_filename_format: str | UnsetType = UNSET
     snapshots: list[SnapshotInfo] | UnsetType = UNSET
     backing_image: "ImageInfo | UnsetType" = UNSET
@@ -217,69 +221,28 @@ class BlockIoError(Structure, kw_only=True):
 
 def snapshot_info(snapshot: block.SnapshotInfo) -> SnapshotInfo:
     """A snapshot in the words of QMP."""
-    seconds, rest = divmod(snapshot.vm_clock_ns, 1_000_000_000)
-    return SnapshotInfo(
-        id=snapshot.id,
-        name=snapshot.name,
-        vm_state_size=snapshot.state_size,
-        date_sec=snapshot.date_sec,
-        date_nsec=snapshot.date_nsec,
-        vm_clock_sec=seconds,
-        vm_clock_nsec=rest,
-        icount=UNSET if snapshot.icount is None else snapshot.icount,
-    )
+    return msgspec.convert(snapshot_info_json(snapshot), SnapshotInfo)
 
 
-def _image(node: block.Node, info: block.ImageInfo, *, flat: bool) -> ImageInfo:
-    backing = node.children.get("backing")
-    return ImageInfo(
-        filename=info.filename,
-        format=info.format,
-        dirty_flag=info.dirty,
-        actual_size=UNSET if info.actual_size is None else info.actual_size,
-        virtual_size=info.virtual_size,
-        cluster_size=UNSET if info.cluster_size is None else info.cluster_size,
-        encrypted=info.encrypted or UNSET,
-        backing_filename=info.backing_filename or UNSET,
-        backing_filename_format=info.backing_format or UNSET,
-        snapshots=[snapshot_info(each) for each in info.snapshots] or UNSET,
-        backing_image=UNSET if flat or backing is None else _image(backing, backing.info(), flat=False),
-        format_specific=UNSET if info.format_specific is None else dict(info.format_specific),
-    )
-
-
-def _node(node: block.Node, *, flat: bool) -> BlockDeviceInfo:
-    info = node.info()
-    backing_file, depth = info.backing_filename, 0
-    backing = node.children.get("backing")
-    if backing is not None:
-        backing_file = backing.info().filename
-    while backing is not None and not flat:
-        depth, backing = depth + 1, backing.children.get("backing")
-    return BlockDeviceInfo(
-        file=info.filename,
-        node_name=node.node_name,
-        ro=node.read_only,
-        drv=node.driver,
-        backing_file=backing_file or UNSET,
-        backing_file_depth=depth,
-        encrypted=info.encrypted,
-        cache=CacheInfo(),
-        image=_image(node, info, flat=flat),
-    )
+def _node(host: Host, node: block.Node, *, flat: bool) -> BlockDeviceInfo:
+    shown = named_block_node_json(node, host.graph)
+    if flat:
+        shown["backing_file_depth"] = 0
+        shown["image"].pop("backing-image", None)
+    return msgspec.convert(shown, BlockDeviceInfo)
 
 
 @command("query-named-block-nodes")
 def query_named_block_nodes(host: Host, arguments: Flatness) -> list[BlockDeviceInfo]:
     """All nodes, newest first."""
-    return [_node(node, flat=arguments.flat is True) for node in host.graph.nodes()]
+    return [_node(host, node, flat=arguments.flat is True) for node in host.graph.nodes()]
 
 
 @command("query-block")
 def query_block(host: Host) -> list[BlockInfo]:
     """The guest's devices with a node behind them."""
     return [
-        BlockInfo(qdev=disk.device_id, inserted=_node(host.graph.find(disk.node_name), flat=False))
+        BlockInfo(qdev=disk.device_id, inserted=_node(host, host.graph.find(disk.node_name), flat=False))
         for disk in host.machine.disks
     ]
 
@@ -287,8 +250,8 @@ def query_block(host: Host) -> list[BlockInfo]:
 @command("blockdev-add", unchecked=AnyBlockdevOptions)
 def blockdev_add(host: Host, arguments: Mapping[str, Any]) -> None:
     """Open a node, and the nodes below it that are described inside it; all of them or none. Options that are
-    known and not
-    honoured are refused by name."""
+    known and not honoured are refused by name.
+    """
     host.graph.blockdev_add(arguments)
 
 
