@@ -47,7 +47,9 @@ wheel-demo: wheel ## run the demo from the wheel alone, in an empty environment
 	scripts/wheel-demo dist/*.whl
 
 bench: $(STAMP) peers ## figures beside a peer's in the same run
-	$(BIN)/python bench/engine.py $(BENCH_ARGS)
+	mkdir -p build/bench
+	$(BIN)/python bench/startup.py --json build/bench/startup.json
+	$(BIN)/python bench/engine.py --json build/bench/engine.json $(BENCH_ARGS)
 
 clean: ## remove what the targets made, not what they fetched
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,8 +4,8 @@
    or of code, or forgets a register, is found at the first heartbeat after it. */
 #include "guest.h"
 
-/* fcsr: rounding modes 0-3 in bits 5-6, the accrued exceptions in bits 0-4. QEMU 7.2 and 10.0 lose the latter in their own
-   savevm and loadvm; with `fflags=0` among the arguments they are left out. */
+/* fcsr: rounding modes 0-3 in bits 5-6, the accrued exceptions in bits 0-4. The latter look lost after a savevm and loadvm
+   of QEMU's own, 7.2 and 10.0; with `fflags=0` among the arguments they are left out. */
 enum { ROUNDING = 0x60, FLAGS = 0x1f };
 
 void registers_fill(u64 seed, u64 control_mask);

@@ -1,1 +1,28 @@
-"""Shared by all tests: the peers' rule (see peers.py), and nothing of one family of tests alone."""
+"""Shared by all tests: which QEMU a test is held against (see peers.py), and nothing of one family of tests alone."""
+
+from collections.abc import Iterator
+from zlib import crc32
+
+import pytest
+
+from peers import QEMU_VERSIONS, installed_versions, using
+
+
+@pytest.fixture(params=QEMU_VERSIONS)
+def every_qemu(request: pytest.FixtureRequest) -> str:
+    """Runs a test once with every QEMU; `peer` gives that one's programs."""
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _one_qemu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The QEMU that `peer` means: the test's parameter, else one that its name decides, the same in every run."""
+    case = getattr(request.node, "callspec", None)
+    given = {case.params.get("every_qemu"), case.params.get("version")} if case else set()
+    chosen = [version for version in QEMU_VERSIONS if version in given]
+    if not chosen:
+        choice = installed_versions()
+        # Not the node's id: pytest-xdist adds to it.
+        chosen = [choice[crc32(f"{request.path.name} {request.node.name}".encode()) % len(choice)]]
+    with using(chosen[0]):
+        yield

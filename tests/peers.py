@@ -7,6 +7,8 @@ installs it.
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -34,9 +36,40 @@ def missing(what: str, remedy: str) -> None:
     pytest.skip(text)
 
 
-def peer(name: str, version: str = "host") -> str:
-    """The path of a peer program; `version` "host" is the installed one, "10.0" that of `scripts/debian-qemu`."""
-    if version == "10.0":
+QEMU_VERSIONS = ("host", "10.0")
+"""Parametrise with these what must hold for every QEMU we compare with: by a parameter `version`, or by the fixture
+`every_qemu` where a test only asks `peer` without naming one."""
+
+_of_the_test = "host"
+
+
+def installed_versions() -> tuple[str, ...]:
+    """The QEMUs to choose from; all of them where peers are required, so that a missing one is noticed."""
+    if os.environ.get("STILLFRAME_PEERS") == "required":
+        return QEMU_VERSIONS
+    found = {"host": shutil.which("qemu-img"), "10.0": (CACHE / "debian-qemu" / "bin").exists()}
+    return tuple(version for version in QEMU_VERSIONS if found[version]) or ("host",)
+
+
+@contextmanager
+def using(version: str) -> Iterator[None]:
+    """Let `peer` mean this QEMU where no version is named."""
+    global _of_the_test
+    before, _of_the_test = _of_the_test, version
+    try:
+        yield
+    finally:
+        _of_the_test = before
+
+
+def peer(name: str, version: str | None = None) -> str:
+    """The path of a peer program.
+
+    :param version: "host" is the installed one, "10.0" that of `scripts/debian-qemu`; without it the one that
+        the running test got (conftest.py).
+    """
+    version = version or _of_the_test
+    if version == "10.0" and name.startswith("qemu-"):
         path = CACHE / "debian-qemu" / "bin" / name
         if not path.exists():
             missing(f"{name} 10.0", "run scripts/debian-qemu")
@@ -46,10 +79,6 @@ def peer(name: str, version: str = "host") -> str:
         missing(name, f"apt-get install --no-install-recommends {_PACKAGES.get(name, name)}")
         raise AssertionError("unreachable")
     return found
-
-
-QEMU_VERSIONS = ("host", "10.0")
-"""Parametrise with these what must hold for every QEMU we compare with."""
 
 
 @cache

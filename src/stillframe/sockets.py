@@ -112,7 +112,8 @@ def _locked_directory(path: Path) -> Iterator[None]:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise NotFound(
-            f"Could not listen at 'unix:{path}': {error.strerror}", remedy="Make its directory first."
+            f"Could not listen at 'unix:{path}': {error.strerror}",
+            remedy="Choose a directory that exists and that you may read and write.",
         ) from error
     try:
         about = os.fstat(descriptor)

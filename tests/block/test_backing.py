@@ -62,6 +62,7 @@ def content(path: Path, tmp_path: Path) -> bytes:
     return (tmp_path / "content").read_bytes()
 
 
+@pytest.mark.usefixtures("every_qemu")
 def test_a_chain_of_three_reads_as_qemu_img_reads_it(graph: BlockGraph, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     base, middle, above = tmp_path / "base.raw", tmp_path / "sub" / "middle.qcow2", tmp_path / "top.qcow2"
@@ -79,6 +80,7 @@ def test_a_chain_of_three_reads_as_qemu_img_reads_it(graph: BlockGraph, tmp_path
     assert seen == content(above, tmp_path)
 
 
+@pytest.mark.usefixtures("every_qemu")
 def test_writes_go_to_the_top_and_leave_the_backing_image_alone(graph: BlockGraph, tmp_path: Path) -> None:
     base, above = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", str(base), "1M")
@@ -146,6 +148,7 @@ def test_the_backing_image_can_be_given_instead(graph: BlockGraph, tmp_path: Pat
         graph.blockdev_del("below")
 
 
+@pytest.mark.usefixtures("every_qemu")
 def test_nobody_may_write_an_image_that_others_stand_on(graph: BlockGraph, tmp_path: Path) -> None:
     base = tmp_path / "base.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", str(base), "1M")

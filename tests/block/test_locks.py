@@ -60,6 +60,7 @@ def test_stock_programs_refuse_an_image_that_we_write(image: str, version: str) 
     assert "wrote 512/512" in run(qemu_io, "-c", "write 0 512", image)
 
 
+@pytest.mark.usefixtures("every_qemu")
 def test_stock_programs_may_read_what_we_read_and_not_write_it(image: str) -> None:
     ours = FileNode("file", image, read_only=True)
     assert "read 512/512" in run(peer("qemu-io"), "-r", "-c", "read 0 512", image)
@@ -67,6 +68,7 @@ def test_stock_programs_may_read_what_we_read_and_not_write_it(image: str) -> No
     ours.close()
 
 
+@pytest.mark.usefixtures("every_qemu")
 def test_we_refuse_an_image_that_qemu_io_writes(image: str) -> None:
     with qemu_io(image):
         with pytest.raises(InUse) as refused:
@@ -80,6 +82,7 @@ def test_we_refuse_an_image_that_qemu_io_writes(image: str) -> None:
     FileNode("file", image).close()
 
 
+@pytest.mark.usefixtures("every_qemu")
 def test_we_refuse_to_write_an_image_that_qemu_io_reads(image: str) -> None:
     with qemu_io("-r", image):
         with pytest.raises(InUse) as refused:
@@ -121,6 +124,7 @@ def test_two_nodes_of_one_process_refuse_each_other(image: str) -> None:
     ours.close()
 
 
+@pytest.mark.usefixtures("every_qemu")
 def test_a_refused_change_of_permissions_keeps_the_locks_from_before(image: str) -> None:
     from stillframe.block.permissions import FORMAT_READER, FORMAT_WRITER
 
@@ -136,6 +140,7 @@ def test_a_refused_change_of_permissions_keeps_the_locks_from_before(image: str)
     first.close()
 
 
+@pytest.mark.usefixtures("every_qemu")
 def test_a_raw_disk_is_locked_from_the_moment_a_device_uses_it(tmp_path: Path) -> None:
     path = tmp_path / "disk.raw"
     path.write_bytes(bytes(1 << 20))

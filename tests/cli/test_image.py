@@ -15,7 +15,7 @@ from peers import QEMU_VERSIONS, peer
 FIXTURES = Path(__file__).resolve().parent.parent / "data" / "qcow2"
 
 
-def qemu_img(*arguments: str | Path, version: str = "host", code: int = 0) -> str:
+def qemu_img(*arguments: str | Path, version: str | None = None, code: int = 0) -> str:
     run = subprocess.run([peer("qemu-img", version), *map(str, arguments)], stdout=subprocess.PIPE, text=True)
     assert run.returncode == code
     return run.stdout
@@ -124,6 +124,7 @@ def test_check_is_qemu_imgs(images: list[Path], version: str) -> None:
             assert human == qemu_img("check", path, version=version)
 
 
+@pytest.mark.usefixtures("every_qemu")
 def test_check_tells_leaks_from_corruption_and_repairs_both(image: Path, tmp_path: Path) -> None:
     qemu_img("snapshot", "-c", "one", image)
     clean = image.read_bytes().ljust(20 << 16, b"\0")
@@ -150,6 +151,7 @@ def test_check_tells_leaks_from_corruption_and_repairs_both(image: Path, tmp_pat
         assert "pattern" not in qemu_io(path, "read -P 1 0 64k").lower()
 
 
+@pytest.mark.usefixtures("every_qemu")
 def test_what_is_created_is_what_qemu_img_creates(tmp_path: Path) -> None:
     for number, (ours, theirs, size) in enumerate(
         (
@@ -167,6 +169,8 @@ def test_what_is_created_is_what_qemu_img_creates(tmp_path: Path) -> None:
         found = [json.loads(qemu_img("info", "--output=json", path)) for path in (first, second)]
         for each in found:
             del each["filename"], each["actual-size"]
+            # Of the file beneath, which 7.2 does not tell of; how long it is, is not part of the format.
+            each.pop("children", None)
         assert found[0] == found[1]
         assert f"({found[0]['virtual-size']} bytes)" in made.stdout
         if "-f" not in ours:
@@ -184,6 +188,7 @@ def test_an_overlay_takes_the_size_of_what_it_stands_on(image: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("every_qemu")
 def test_a_snapshot_keeps_the_disk_and_brings_it_back(image: Path) -> None:
     assert stillframe("image", "snapshot", "create", image, "ones").code == 0
     qemu_io(image, "write -P 2 0 64k", "write -P 3 1M 64k")
@@ -199,6 +204,7 @@ def test_a_snapshot_keeps_the_disk_and_brings_it_back(image: Path) -> None:
     assert stillframe("image", "snapshot", "list", image).stdout == ""
 
 
+@pytest.mark.usefixtures("every_qemu")
 def test_stock_tools_list_apply_and_delete_our_snapshots_and_we_theirs(image: Path) -> None:
     stillframe("image", "snapshot", "create", image, "ours")
     qemu_io(image, "write -P 2 0 64k")
@@ -257,6 +263,7 @@ def test_escapes_in_a_tag_do_not_reach_the_terminal(image: Path) -> None:
     assert len(outcome.stdout.splitlines()) == 3
 
 
+@pytest.mark.usefixtures("every_qemu")
 def test_an_image_in_use_is_refused_and_can_be_looked_at(image: Path) -> None:
     process = subprocess.Popen(
         [peer("qemu-io"), str(image)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -240,3 +240,19 @@ def test_an_image_is_not_put_over_itself(image: Path) -> None:
     refused = stillframe("image", "create", "--force", "-b", image, "-F", "qcow2", image)
     assert_one_sentence(refused, "same filename as the backing file")
     assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize("words", [("--help",), ("info", "--json", "{image}")])
+def test_output_that_finds_no_room_is_a_failure_in_one_sentence(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    image = tmp_path / "a.qcow2"
+    stillframe("image", "create", image, "1M")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "stillframe", "image", *(word.format(image=image) for word in words)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (done.returncode, done.stderr) == (1, "stillframe: Could not go on: No space left on device\n")

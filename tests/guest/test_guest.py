@@ -159,7 +159,7 @@ def test_too_little_memory_is_said(runner: str) -> None:
 
 def test_stock_qemu_brings_it_back_in_a_fresh_process(disk: Path) -> None:
     # What the guest says of a restore is believed elsewhere; here its word is held against a restore that is not ours. Without
-    # the floating-point flags, which QEMU itself loses; 7.2 loses the timer as well.
+    # the floating-point flags, which look lost after a load by QEMU itself; on 7.2 the heartbeat does not go on, either.
     words = argv("qemu 10.0", GUEST, disk=disk, append="fflags=0")
     with GuestProcess(
         [*words, "-chardev", f"socket,id=m,path={disk}.mon,server=on,wait=off", "-mon", "m"]

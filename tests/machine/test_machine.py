@@ -366,3 +366,23 @@ def test_too_many_drives_and_bad_policies_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="not an error policy"):
         with machine(tmp_path, counting(), drives=(DriveConfig(MemoryNode("n", 4096), werror="never"),)):
             pass
+
+
+def test_a_device_that_fails_as_the_guest_is_stopped_leaves_the_guest_running(tmp_path: Path) -> None:
+    with machine(tmp_path, counting()) as (built, _, _):
+        built.start()
+        device = built.devices[-1]
+        drain = device.drain
+
+        def fail() -> None:
+            device.drain = drain
+            raise MemoryError
+
+        device.drain = fail
+        with pytest.raises(MemoryError):
+            with built.hold(RunState.SAVE_VM):
+                pass
+        assert built.run_state is RunState.RUNNING
+        assert advances(built)
+        built.stop()
+        assert built.run_state is RunState.PAUSED

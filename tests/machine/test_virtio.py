@@ -227,6 +227,7 @@ def test_write_without_room_stops_the_guest_and_is_made_again() -> None:
         status = b.request(WRITE, 3, data=b"a" * 512)
         b.blk.drain()
         assert b.stopped == [RunState.IO_ERROR]
+        assert b.blk.io_status() == "nospace"
         assert b.events.seen[-1].data["action"] == "stop"
         assert b.events.seen[-1].data["nospace"] is True
         assert b.driver.used == []
@@ -236,6 +237,7 @@ def test_write_without_room_stops_the_guest_and_is_made_again() -> None:
         b.node.fail.clear()
         b.blk.resumed()
         b.blk.drain()
+        assert b.blk.io_status() == "ok"
         assert [b.driver.get(at, 1) for at in (status, later)] == [b"\0", b"\0"]
         assert [head for head, _ in b.driver.used] == [0, 4]
         assert b.node.content[3 * 512 : 5 * 512] == b"a" * 512 + b"b" * 512
@@ -453,6 +455,7 @@ def test_parked_write_is_saved_by_one_machine_and_made_by_another(tmp_path: Path
                 events.wait_for("STOP")
                 wait_until(lambda: built.run_state is RunState.IO_ERROR, "io-error")
                 assert events.names[-2:] == ["BLOCK_IO_ERROR", "STOP"]
+                assert [disk.io_status() for disk in built.disks] == ["nospace"]
                 built.cont()
                 wait_until(lambda: events.names.count("BLOCK_IO_ERROR") == 2, "cont tries again")
                 wait_until(lambda: built.run_state is RunState.IO_ERROR, "and stops again")

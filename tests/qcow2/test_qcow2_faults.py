@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from block.faults import FaultyNode
-from qcow2.images import LONG, assert_only_leaks
+from block.faults import FaultyNode, ForwardingNode
+from qcow2.images import LONG, assert_only_leaks, named
 from qcow2.memory import MemoryNode
 from qcow2.scenes import OPERATIONS, Content, after, content_of, disks_between, guest, scene
 from stillframe.block.qcow2 import Qcow2Node
@@ -133,3 +133,43 @@ def untouched_by_guest(cluster_size: int, size: int) -> list[tuple[int, int]]:
     ]
     edges = [0, *(edge for each in touched for edge in each), size]
     return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+class InterruptedNode(ForwardingNode):
+    """Behind the switch, and behind the switch back, somebody presses Ctrl-C."""
+
+    interrupts = 0
+
+    def flush(self) -> None:
+        super().flush()
+        if self.interrupts:
+            self.interrupts -= 1
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("interrupts", [1, 2, 3])
+@pytest.mark.parametrize("name", ["revert", "delete"])
+def test_whoever_interrupts_a_switch_again_and_again_is_left_a_whole_image(
+    name: str, interrupts: int, tmp_path: Path
+) -> None:
+    start = scene(512)
+    memory = MemoryNode(start.image)
+    file = InterruptedNode(memory)
+    node = Qcow2Node("node", file)
+    store = node.snapshot_store
+    change = (
+        store.prepare_revert(named(node, "first"))
+        if name == "revert"
+        else store.prepare_delete(named(node, "second"))
+    )
+    file.interrupts = interrupts
+    with pytest.raises(KeyboardInterrupt):
+        change.commit()
+    try:
+        change.abandon()
+    except KeyboardInterrupt:
+        pass
+    node.close()
+    content = content_of(Qcow2Node("node", MemoryNode(memory.data, read_only=True), read_only=True))
+    outcome = after(start, OPERATIONS[name])
+    expected(start.content, outcome, content, tmp_path / "image.qcow2", bytes(memory.data))

@@ -36,6 +36,7 @@ FORMATS: list[dict[str, Any]] = [
     {"cluster_size": 65536, "lazy_refcounts": True},
 ]
 SIZE = 5 * 1024 * 1024 + 512
+pytestmark = pytest.mark.usefixtures("every_qemu")
 
 
 def label(options: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Any sequence of operations leaves the bytes that a plain model holds, and an image that qemu-img calls clean."""
 
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from peers import installed_versions, using
 from qcow2.images import LONG, as_raw, assert_clean, make, named, opened, qemu_img
 from stillframe.block.node import SnapshotRecord
 from stillframe.errors import LimitReached, Unsupported
@@ -33,6 +35,7 @@ class Sequences(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.peers = ExitStack()
         self.directory = tempfile.TemporaryDirectory(prefix="stillframe-")
         self.path = Path(self.directory.name) / "image.qcow2"
         self.disk = bytearray()
@@ -42,8 +45,14 @@ class Sequences(RuleBasedStateMachine):
         self.frozen = b""
         self.state = b""
 
-    @initialize(kind=st.sampled_from(KINDS), clusters=st.integers(1, 300), odd=st.integers(0, 3))
-    def create(self, kind: dict[str, Any], clusters: int, odd: int) -> None:
+    @initialize(
+        kind=st.sampled_from(KINDS),
+        clusters=st.integers(1, 300),
+        odd=st.integers(0, 3),
+        qemu=st.sampled_from(installed_versions()),
+    )
+    def create(self, kind: dict[str, Any], clusters: int, odd: int, qemu: str) -> None:
+        self.peers.enter_context(using(qemu))
         cluster = kind["cluster_size"]
         size = min(clusters * cluster, 6 << 20) + odd * 512
         self.cluster = cluster
@@ -246,6 +255,7 @@ class Sequences(RuleBasedStateMachine):
                     if len(disk) == len(self.disk):
                         assert as_raw(self.path, "-l", f"snapshot.name={name}") == disk
         finally:
+            self.peers.close()
             self.directory.cleanup()
 
 

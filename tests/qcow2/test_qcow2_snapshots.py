@@ -106,6 +106,7 @@ def lineage(members: int = 2, description: str = "before the upgrade") -> Lineag
     )
 
 
+@pytest.mark.usefixtures("every_qemu")
 def test_where_a_snapshot_comes_from_survives_stock_tools(tmp_path: Path) -> None:
     path = make(tmp_path / "image.qcow2", 1 << 20)
     record = lineage()
@@ -202,6 +203,7 @@ def test_an_old_image_with_snapshots_keeps_its_size(tmp_path: Path) -> None:
     assert_clean(path)
 
 
+@pytest.mark.usefixtures("every_qemu")
 def test_what_qemu_left_of_a_loaded_state_never_shows_in_a_disk_made_larger(tmp_path: Path) -> None:
     """QEMU's own load leaves the active L1 pointing into the state; the new bytes are zeroes all the same."""
     path = make(tmp_path / "image.qcow2", 1 << 20, cluster_size=512)
@@ -240,3 +242,15 @@ def test_a_new_snapshot_in_the_place_of_a_deleted_one_reads_its_own_state(tmp_pa
             change = node.snapshot_store.prepare_delete(info)
             change.commit()
             change.finish()
+
+
+def test_snapshots_made_and_deleted_over_and_over_take_no_more_room() -> None:
+    file, node = in_memory()
+    sizes = []
+    for _ in range(4):
+        take(node, "one", bytes(range(256)) * 8192)
+        change = node.snapshot_store.prepare_delete(named(node, "one"))
+        change.commit()
+        change.finish()
+        sizes.append(file.size)
+    assert max(sizes) < sizes[0] + (1 << 20)

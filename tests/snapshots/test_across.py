@@ -79,6 +79,7 @@ def test_qemu_starts_from_a_snapshot_of_ours(version: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("tool", ["list", "apply", "delete"])
+@pytest.mark.usefixtures("every_qemu")
 def test_stock_tools_work_on_our_snapshots(tool: str, tmp_path: Path) -> None:
     paths = images(tmp_path)
     qemu_io(paths[0], "write -P 7 0 1M")
@@ -106,6 +107,7 @@ def test_stock_tools_work_on_our_snapshots(tool: str, tmp_path: Path) -> None:
     qemu_img_check(paths[0])
 
 
+@pytest.mark.usefixtures("every_qemu")
 def test_a_snapshot_keeps_its_family_through_stock_tools(tmp_path: Path) -> None:
     """The record of parents and members survives QEMU's own create, apply and delete."""
     from snapshots.hosts import opened

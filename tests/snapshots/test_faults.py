@@ -4,6 +4,7 @@ touched."""
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +26,7 @@ from snapshots.hosts import (
     qemu_img_check,
 )
 from stillframe.block.node import Node
+from stillframe.block.qcow2.layout import WORLD_OFFSET
 from stillframe.errors import IOFailed, NoSpace, StillframeError
 from stillframe.machine.machine import Machine
 from stillframe.machine.run_state import RunState
@@ -265,3 +267,53 @@ def test_a_disk_without_room_says_so_and_works_again_with_room(tmp_path: Path) -
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, former)
     qemu_img_check(path)
+
+
+class HeaderHook(ForwardingNode):
+    """Calls `at_switch`, once, in place of a write of the header: the switch of the image's snapshots."""
+
+    def __init__(self, inner: Node) -> None:
+        super().__init__(inner)
+        self.at_switch: Callable[[], None] | None = None
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        hook = self.at_switch
+        if hook is not None and offset == WORLD_OFFSET:
+            self.at_switch = None
+            hook()
+        super().write(offset, data)
+
+
+def test_a_guest_that_writes_while_a_delete_fails_changes_no_snapshot(tmp_path: Path) -> None:
+    """Once the first image is switched its clusters are the guest's alone; until the second one is rolled back."""
+    paths = [new_image(tmp_path / name, cluster_size=4096) for name in NAMES]
+    machine = machine_of(1)
+    hooks: list[HeaderHook] = []
+
+    def wrap(inner: Node) -> Node:
+        hooks.append(HeaderHook(inner))
+        return hooks[-1]
+
+    with opened(paths[0], "member", wrap) as member, opened(paths[1], "state", wrap) as state:
+        for node in (member, state):
+            node.write(0, b"older" * 5000)
+        do_save(machine, [member, state], "older", vmstate="state")
+        before = [everything(path) for path in paths]
+        guest = threading.Thread(target=lambda: state.write(0, b"later" * 5000), daemon=True)
+
+        def fail() -> None:
+            guest.start()
+            # Long enough for a write that nothing holds back to get through.
+            guest.join(0.3)
+            raise IOFailed("the disk of 'member' failed", errno=errno.EIO)
+
+        hooks[0].at_switch = fail
+        with pytest.raises(IOFailed, match="Could not delete snapshot 'older' on 'member'"):
+            do_delete([member, state], "older")
+        guest.join(60)
+        assert not guest.is_alive()
+        assert state.read(0, 25_000) == b"later" * 5000
+        state.flush()
+        assert [everything(path) for path in paths] == before
+    for path in paths:
+        qemu_img_check(path)

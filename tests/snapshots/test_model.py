@@ -5,12 +5,14 @@ import shutil
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from peers import installed_versions, using
 from snapshots.hosts import (
     Register,
     Steps,
@@ -147,8 +149,9 @@ class Snapshots(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.stack.close()
-        for name in self.nodes:
-            qemu_img_check(self.folder / name)
+        for version, name in zip(cycle(installed_versions()), self.nodes, strict=False):
+            with using(version):
+                qemu_img_check(self.folder / name)
         shutil.rmtree(self.folder)
 
 

@@ -30,6 +30,7 @@ from stillframe.block.node import Node, SnapshotRecord
 from stillframe.errors import Cancelled, IOFailed, Refused, StateMismatch, StillframeError, StreamCorrupt
 from stillframe.machine.machine import Machine
 from stillframe.machine.run_state import RunState
+from stillframe.snapshots.staging import _StagedBlock
 from stillframe.vmstate import layout
 from stillframe.vmstate.stream import RAM_SECTION_ID
 
@@ -336,6 +337,48 @@ def test_a_device_that_fails_in_the_middle_of_a_load_undoes_all_of_it(nodes: tup
     assert machine.run_state is RunState.RUNNING
     do_load(machine, nodes, "one")
     assert [device.value for device in (first, failing, last)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("state", [RunState.SHUTDOWN, RunState.INTERNAL_ERROR])
+def test_a_failed_load_makes_no_guest_runnable_that_was_not(
+    nodes: tuple[Node, Node], state: RunState
+) -> None:
+    device = Register(value=1)
+    machine = machine_with(device)
+    do_save(machine, nodes, "one")
+    with machine.hold(RunState.SAVE_VM):
+        machine.set_run_state(state)
+    device.fails_load = 1
+    with pytest.raises(IOFailed):
+        do_load(machine, nodes, "one")
+    assert machine.run_state is state
+
+
+def test_a_load_that_runs_out_of_memory_in_the_middle_of_the_memory_puts_all_of_it_back(
+    nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = new_machine(Register(value=1), memory={"ram": 4 << 20}, running=True)
+    machine.memory.blocks[0].view[:] = b"\1" * (4 << 20)
+    do_save(machine, nodes, "one")
+    machine.memory.blocks[0].view[:] = b"\2" * (4 << 20)
+    nodes[0].write(0, b"later")
+    memory, disks = memory_of(machine), [content(node) for node in nodes]
+    exchange, calls = _StagedBlock.exchange, 0
+
+    def scarce(block: _StagedBlock, start: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise MemoryError
+        exchange(block, start)
+
+    monkeypatch.setattr(_StagedBlock, "exchange", scarce)
+    with pytest.raises(MemoryError):
+        do_load(machine, nodes, "one")
+    assert calls > 3
+    assert memory_of(machine) == memory
+    assert [content(node) for node in nodes] == disks
+    assert machine.run_state is RunState.RUNNING
 
 
 def test_a_device_that_cannot_be_brought_back_is_named(nodes: tuple[Node, Node]) -> None:

@@ -14,7 +14,11 @@ from stillframe.client import Client
     epilog="""\b
 EXAMPLES
   stillframe jobs box
-  stillframe jobs box --json"""
+  stillframe jobs box --json
+  stillframe qmp box job-dismiss id=j0
+
+A job stays on the list, as concluded, until whoever started it dismisses it: the commands here do
+that themselves, unless they are killed."""
 )
 @click.argument("words", nargs=-1, metavar="[NAME]")
 @qmp_option

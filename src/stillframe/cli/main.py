@@ -100,11 +100,22 @@ def main() -> None:
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has seen enough; there is nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
+        code = EXIT_FAILED
+    except OSError as error:
+        # Every other room names its own: what is left is our output, as on a disk that is full.
+        place = f"'{error.filename}': " if error.filename else "Could not go on: "
+        print(f"stillframe: {place}{error.strerror or error}", file=sys.stderr)
+        _drop_output()
         code = EXIT_FAILED
     else:
         code = outcome if isinstance(outcome, int) else 0
     sys.exit(code)
+
+
+def _drop_output() -> None:
+    """Let what is still buffered go nowhere, so that the interpreter's end does not stumble over it again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_usage_error(error: click.UsageError) -> None:

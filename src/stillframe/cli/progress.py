@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from stillframe.cli.present import printable
 from stillframe.client import ProgressListener
 
 
@@ -20,13 +21,13 @@ def progress_bar(words: str, *, shown: bool) -> Iterator[ProgressListener | None
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(words, total=None)
+        task = progress.add_task(printable(words), total=None)
 
         def listener(done: int, total: int) -> None:
             # QEMU's own snapshot jobs count to one: there is nothing to show but that it works.

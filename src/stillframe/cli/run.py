@@ -172,6 +172,11 @@ def run(
                 "A machine in the background has no standard input and output",
                 remedy="Use --console unix:PATH or log:PATH, and --name or --qmp unix:PATH.",
             )
+        if not options.addresses:
+            raise InvalidRequest(
+                "A machine in the background without a monitor could not be spoken with",
+                remedy="Give it a --name, or --qmp unix:PATH.",
+            )
         return _detach([word for word in sys.argv[1:] if word != "--detach"])
     if not options.addresses:
         click.echo("stillframe: this machine has no monitor; --name or --qmp would give it one", err=True)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from stillframe.cli.present import format_date, format_size, table
+from stillframe.cli.present import format_date, format_size, printable, table
 from stillframe.cli.progress import progress_bar
 from stillframe.cli.selection import Selection, describe, select_for_save, select_with_tag
 from stillframe.cli.target import converse, qmp_option, split_words
@@ -25,7 +25,6 @@ def _devices_option(command: Command) -> Command:
     return click.option(
         "--devices",
         metavar="A,B",
-        default="",
         help="The nodes, by node-name; left out, those of the guest's devices that can be snapshotted.",
     )(command)
 
@@ -36,15 +35,21 @@ def _vmstate_option(command: Command) -> Command:
     )(command)
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for name in text.split(",") if name)
+def _names(text: str | None) -> tuple[str, ...]:
+    """None of them where the option was left out; an empty list is not that, but a script's empty variable."""
+    if text is None:
+        return ()
+    names = tuple(text.split(","))
+    if not all(names):
+        raise click.UsageError(f"--devices '{text}' has an empty name: write A,B, or leave the option out")
+    return names
 
 
 def _tell_selection(selection: Selection, *, quiet: bool) -> None:
     if quiet:
         return
     for name, reason in selection.left_out:
-        click.echo(f"left out: '{name}': {reason}", err=True)
+        click.echo(printable(f"left out: '{name}': {reason}"), err=True)
 
 
 def _tell_end(what: str, selection: Selection, job: JobState, seconds: float, *, as_json: bool) -> None:
@@ -57,7 +62,7 @@ def _tell_end(what: str, selection: Selection, job: JobState, seconds: float, *,
         click.echo(json.dumps(outcome, indent=4))
         return
     size = f", {format_size(job.total)}" if job.total > 1 else ""
-    click.echo(f"{what} on {', '.join(selection.devices)}{size} in {seconds:.2f} s")
+    click.echo(printable(f"{what} on {', '.join(selection.devices)}{size} in {seconds:.2f} s"))
 
 
 @click.command(
@@ -78,16 +83,17 @@ Ctrl-C cancels the job; nothing of it is left behind, and the guest goes on."""
 def save(
     words: tuple[str, ...],
     address: str | None,
-    devices: str,
+    devices: str | None,
     vmstate: str | None,
     job_id: str | None,
     as_json: bool,
 ) -> None:
     """Take a snapshot of a machine: memory, devices and disks."""
     target, tag = split_words(words, address, "TAG")
+    names = _names(devices)
 
     async def talk(client: Client) -> None:
-        selection = await select_for_save(client, _names(devices), vmstate)
+        selection = await select_for_save(client, names, vmstate)
         _tell_selection(selection, quiet=as_json)
         started = time.monotonic()
         with progress_bar(f"Saving {tag}", shown=not as_json) as listener:
@@ -121,16 +127,17 @@ written back to its node, also where that node is not among the devices."""
 def load(
     words: tuple[str, ...],
     address: str | None,
-    devices: str,
+    devices: str | None,
     vmstate: str | None,
     job_id: str | None,
     as_json: bool,
 ) -> None:
     """Bring a snapshot back: the machine goes on from there."""
     target, tag = split_words(words, address, "TAG")
+    names = _names(devices)
 
     async def talk(client: Client) -> None:
-        selection = await select_with_tag(client, tag, _names(devices), vmstate, needs_state=True)
+        selection = await select_with_tag(client, tag, names, vmstate, needs_state=True)
         _tell_selection(selection, quiet=as_json)
         started = time.monotonic()
         with progress_bar(f"Loading {tag}", shown=not as_json) as listener:
@@ -158,13 +165,14 @@ EXAMPLES
 @_JOB_ID
 @_JSON
 def delete(
-    words: tuple[str, ...], address: str | None, devices: str, job_id: str | None, as_json: bool
+    words: tuple[str, ...], address: str | None, devices: str | None, job_id: str | None, as_json: bool
 ) -> None:
     """Delete a snapshot; its space is given back."""
     target, tag = split_words(words, address, "TAG")
+    names = _names(devices)
 
     async def talk(client: Client) -> None:
-        selection = await select_with_tag(client, tag, _names(devices), None, needs_state=False)
+        selection = await select_with_tag(client, tag, names, None, needs_state=False)
         _tell_selection(selection, quiet=as_json)
         started = time.monotonic()
         with progress_bar(f"Deleting {tag}", shown=not as_json) as listener:

@@ -1,6 +1,7 @@
 """Which machine a command is meant for: NAME, or `--qmp ADDRESS`; and how a command talks to it until it is done."""
 
 import asyncio
+import signal
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -43,13 +44,32 @@ def split_words(words: tuple[str, ...], address: str | None, *names: str) -> tup
 def converse(target: str, talk: Callable[[Client], Coroutine[Any, Any, Result]]) -> Result:
     """Connect, have `talk` done, disconnect.
 
-    Ctrl-C cancels `talk`, which cancels a job that it waits for, and awaits the job's end.
+    Ctrl-C cancels `talk`, which cancels a job that it waits for, and awaits the job's end; so do SIGTERM and the end
+    of the terminal.
 
-    :raise StillframeError: from connecting and from talking. :raise KeyboardInterrupt: after Ctrl-C.
+    :raise StillframeError: from connecting and from talking. :raise KeyboardInterrupt: after Ctrl-C, or a signal.
     """
+    signalled = False
 
     async def conversation() -> Result:
+        task = asyncio.current_task()
+
+        def cancel() -> None:
+            nonlocal signalled
+            signalled = True
+            if task is not None:
+                task.cancel()
+
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                # Not where it is ignored, as under nohup.
+                asyncio.get_running_loop().add_signal_handler(number, cancel)
         async with Client(target) as client:
             return await talk(client)
 
-    return asyncio.run(conversation())
+    try:
+        return asyncio.run(conversation())
+    except asyncio.CancelledError:
+        if signalled:
+            raise KeyboardInterrupt from None
+        raise

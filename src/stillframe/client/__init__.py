@@ -5,6 +5,7 @@ tree of errors.
 """
 
 import asyncio
+import json
 import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 from qemu.qmp.protocol import Runstate
 
-from stillframe.errors import Cancelled, NotFound, PeerError
+from stillframe.errors import Cancelled, InvalidRequest, NotFound, PeerError
 from stillframe.monitor.addresses import (
     Address,
     UnixAddress,
@@ -148,8 +149,16 @@ class Client:
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
         """Run one command and return what it returns.
 
-        :raise PeerError: its error, or the end of the connection.
+        :raise PeerError: its error, or the end of the connection. :raise InvalidRequest: an argument is not
+            text, as a name typed in another encoding.
         """
+        try:
+            # The server would answer without the request's id, which the library takes for the end of it all.
+            json.dumps(dict(arguments or {}), ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                f"An argument of '{command}' is not text in UTF-8", remedy="Type it in UTF-8."
+            ) from error
         try:
             return await self._qmp.execute(command, dict(arguments) if arguments else None)
         except ExecuteError as error:
@@ -252,7 +261,8 @@ class Client:
         :param job_id: chosen where None is given.
         :raise JobFailed: the job's own error. :raise PeerError: it could not be started.
         """
-        job_id = job_id or f"stillframe-{secrets.token_hex(6)}"
+        if job_id is None:
+            job_id = f"stillframe-{secrets.token_hex(6)}"
         with self._qmp.listener("JOB_STATUS_CHANGE") as listener:
             try:
                 await self.execute(command, {"job-id": job_id, **arguments})

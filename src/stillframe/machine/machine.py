@@ -40,12 +40,14 @@ class Disk:
 
     :param device_id: as given, or QEMU's path of the device. :param node_name: the node that it uses.
     :param firmware: a flash device: its content is machine state. :param writable: the guest may change it.
+    :param io_status: "ok", or why the guest was stopped: "nospace" or "failed".
     """
 
     device_id: str
     node_name: str
     firmware: bool
     writable: bool
+    io_status: Callable[[], str] = lambda: "ok"
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,13 +314,10 @@ class Machine:
             if self._after_hold is not None:
                 yield
                 return
-            former = self._run_state
-            if former is RunState.RUNNING:
-                self._after_hold = former
-                self._halt(state)
-            else:
-                self._after_hold = former
+            self._after_hold = self._run_state
             try:
+                if self._run_state is RunState.RUNNING:
+                    self._halt(state)
                 yield
             finally:
                 with self._turn:

@@ -8,6 +8,7 @@ await server.close()
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
@@ -74,7 +75,11 @@ class MonitorServer:
         try:
             server = await asyncio.start_server(self._connected(address), address.host, address.port)
         except OSError as error:
-            raise InUse(f"Could not listen at '{address}': {error.strerror}") from error
+            # The loop's own text repeats the address as a tuple.
+            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+            raise InUse(
+                f"Could not listen at '{address}': {reason}", remedy="Choose another port, or 0 for any."
+            ) from error
         self._servers.append(server)
         return TcpAddress(address.host, server.sockets[0].getsockname()[1])
 

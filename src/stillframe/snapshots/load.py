@@ -50,8 +50,6 @@ def load(machine: Machine, selection: LoadSelection, context: Context) -> UUID |
         values = _checked(machine, found)
     context.checkpoint()
     with machine.hold(RunState.RESTORE_VM):
-        if machine.run_state.needs_reset:
-            machine.set_run_state(RunState.PAUSED)
         with _undo_point(machine, staged) as exchange:
             with all_or_none(_reverts(selection), before_commit=context.point_of_no_return):
                 exchange()
@@ -59,6 +57,8 @@ def load(machine: Machine, selection: LoadSelection, context: Context) -> UUID |
                     for device in machine.devices:
                         device.load_state(values[_key(device)])
         machine.new_generation_id()
+        if machine.run_state.needs_reset:
+            machine.set_run_state(RunState.PAUSED)
     context.progress(total, total)
     return state.lineage.snapshot if state.lineage else None
 
@@ -75,8 +75,8 @@ def _undo_point(machine: Machine, staged: StagedMemory) -> Iterator[Callable[[],
 
     def exchange() -> None:
         nonlocal exchanged
-        exchanged = True
         staged.exchange()
+        exchanged = True
 
     try:
         yield exchange

@@ -38,24 +38,25 @@ class _StagedBlock:
         self.pages[again] = 0
         self.filled[again] = False
 
-    def exchange(self) -> None:
+    def exchange(self, start: int) -> None:
+        """A batch of pages, from `start` on."""
         guest: Pages = np.frombuffer(self.block.view, np.uint8).reshape(-1, PAGE_SIZE)
-        for start in range(0, len(guest), _BATCH):
-            here = slice(start, start + _BATCH)
-            old = guest[here].copy()
-            old_filled = np.bitwise_or.reduce(old.view(np.uint64), axis=1) != 0
-            new_filled = self.filled[here].copy()
-            either = old_filled | new_filled
-            if not either.any():
-                continue
-            if either.all():
-                guest[here] = self.pages[here]
-                self.pages[here] = old
-            else:
-                touched = np.flatnonzero(either) + start
-                guest[touched] = self.pages[touched]
-                self.pages[touched] = old[either]
-            self.filled[here] = old_filled
+        here = slice(start, start + _BATCH)
+        old = guest[here].copy()
+        old_filled = np.bitwise_or.reduce(old.view(np.uint64), axis=1) != 0
+        either = old_filled | self.filled[here]
+        if not either.any():
+            return
+        if either.all():
+            guest[here] = self.pages[here]
+            self.pages[here] = old
+        else:
+            touched = np.flatnonzero(either) + start
+            # Both copies before the first byte changes: for want of memory, it is all of the batch or nothing.
+            new, old = self.pages[touched], old[either]
+            guest[touched] = new
+            self.pages[touched] = old
+        self.filled[here] = old_filled
 
 
 class StagedMemory:
@@ -109,10 +110,22 @@ class StagedMemory:
         self._staged[block.name].clear(addresses // PAGE_SIZE)
 
     def exchange(self) -> None:
-        """Held: the machine gets this memory, and this gets the machine's. Done twice, all is as before."""
-        for staged in self._staged.values():
-            staged.exchange()
-        self._memory.replaced()
+        """Held: the machine gets this memory, and this gets the machine's. Done twice, all is as before.
+
+        After an error all is as before, too.
+        """
+        done: list[tuple[_StagedBlock, int]] = []
+        try:
+            for staged in self._staged.values():
+                for start in range(0, len(staged.filled), _BATCH):
+                    staged.exchange(start)
+                    done.append((staged, start))
+        except BaseException:
+            for staged, start in done:
+                staged.exchange(start)
+            raise
+        finally:
+            self._memory.replaced()
 
 
 def refuse_without_room(needed: int) -> None:

@@ -64,11 +64,12 @@ class SwitchChange:
         if self._stage is not Stage.PREPARED:
             raise InUse("This change of the image's snapshots was committed or given up before")
         image = self._image
+        image.gate.hold_writes()
         image.switch_world(self._new)
+        self._stage = Stage.COMMITTED
         with image.gate.lock:
             self._lease = image.refcounts.take_lease()
             image.forget_tables()
-        self._stage = Stage.COMMITTED
 
     def finish(self) -> None:
         """See `Change`; for a second time, nothing."""
@@ -80,6 +81,8 @@ class SwitchChange:
             if self._pending is not None:
                 with image.gate.lock:
                     self._pending.end()
+                    self._pending.release_state()
+            image.gate.let_writes_go()
             with image.gate.lock:
                 image.gate.wait_until_quiet()
             for first, count in self._shadow.freed():

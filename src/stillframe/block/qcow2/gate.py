@@ -7,7 +7,8 @@ The lock guards mapping and refcount decisions; data I/O and flushes run outside
     mapping     who changes the mapping of guest clusters claims their range first; claims do not overlap, readers
                 do not wait for them
     switch      while a change of the snapshots stands between prepare and finish, no mapping changes; writes into
-                clusters that are the image's own go on
+                clusters that are the image's own go on, but from commit to finish: what is the image's own in the new
+                world may be a snapshot's once the change is rolled back
 """
 
 import threading
@@ -33,6 +34,7 @@ class Gate:
         self._tables: set[int] = set()
         self._draining = False
         self._switching: int | None = None
+        self._is_revocable = False
 
     def wait(self) -> None:
         """Until something has changed; the caller looks again whether it is what it waits for. Lock held."""
@@ -62,8 +64,13 @@ class Gate:
             self.tell()
 
     def admit_write(self) -> None:
-        """Wait while the writers are being drained; what was looked up before is void. Lock held."""
-        while self._draining:
+        """Wait while the writers are drained or held back; what was looked up before is void. Lock held.
+
+        :raise InUse: this very thread holds them back: it must finish the change first.
+        """
+        while self._draining or self._is_revocable:
+            if self._is_revocable and self._switching == threading.get_ident():
+                raise InUse("A change of the image's snapshots is committed and not finished")
             self.wait()
 
     def start_write(self) -> int:
@@ -186,8 +193,20 @@ class Gate:
             while self._claims:
                 self.wait()
 
+    def hold_writes(self) -> None:
+        """The switch may be undone from here on: no write is admitted, until `let_writes_go` or `end_switch`."""
+        with self.lock:
+            self._is_revocable = True
+
+    def let_writes_go(self) -> None:
+        """The switch is final."""
+        with self.lock:
+            self._is_revocable = False
+            self.tell()
+
     def end_switch(self) -> None:
-        """Let changes of the mapping go on; without a switch, nothing."""
+        """Let writes and changes of the mapping go on; without a switch, nothing."""
         with self.lock:
             self._switching = None
+            self._is_revocable = False
             self.tell()

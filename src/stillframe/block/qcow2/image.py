@@ -189,10 +189,12 @@ class Image:
             except IOFailed:
                 # Once more: an error that passes must not leave the image unwritable.
                 self._write_world(old)
-        except StillframeError as error:
+        except BaseException as error:
+            # Not storage alone: whoever interrupts twice leaves as much doubt.
+            why = error.message if isinstance(error, StillframeError) else type(error).__name__
             self.is_in_doubt = True
             self.broken = (
-                f"The header of the image could not be written ({error.message}); it is whole, in its state before or "
+                f"The header of the image could not be written ({why}); it is whole, in its state before or "
                 "after the last operation"
             )
             raise

@@ -195,6 +195,12 @@ class Pending:
         if self._image.pending is self:
             self._image.pending = None
 
+    def release_state(self) -> None:
+        """The refcounts on disk alone say whether the state's clusters are free. Lock held."""
+        for first, count in self._reserved:
+            self._image.refcounts.unreserve(first, count)
+        self._reserved = []
+
     def _drop_replaced(self) -> None:
         """Nobody uses now what writes replaced since the freeze. Lock held.
 
@@ -230,9 +236,7 @@ class Pending:
                 image.file.discard(first << bits, count << bits)
         finally:
             with image.gate.lock:
-                for first, count in self._reserved:
-                    image.refcounts.unreserve(first, count)
-            self._reserved = []
+                self.release_state()
 
     def _refuse_if_over(self) -> None:
         if self._is_over or self._is_prepared:

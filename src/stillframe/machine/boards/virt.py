@@ -163,12 +163,14 @@ class VirtBoard:
         ]
         disks += [
             Disk(
-                self._device_id(slot, drive),
-                drive.node.node_name,
+                blk.device_id,
+                blk.node.node_name,
                 firmware=False,
-                writable=not drive.node.read_only,
+                writable=not blk.node.read_only,
+                io_status=blk.io_status,
             )
-            for slot, drive in enumerate(self._config.drives)
+            for blk in self.virtio.values()
+            if isinstance(blk, VirtioBlk)
         ]
         devices: Sequence[Device] = (
             self.sbi,

@@ -133,7 +133,7 @@ class VirtioBlk(VirtioDevice):
         super().__init__(memory, line)
         self.section_name = f"virtio-blk/{device_id}"
         self.node = node
-        self._device_id = device_id
+        self.device_id = device_id
         self._serial = serial.encode()[:ID_LENGTH].ljust(ID_LENGTH, b"\0")
         self._policy = policy
         self._mailbox = mailbox
@@ -148,6 +148,7 @@ class VirtioBlk(VirtioDevice):
         self._in_flight = 0
         self._weight = 0
         self._stopping = False
+        self._io_status = "ok"
         self._done = threading.Condition()
         self._work: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
@@ -199,7 +200,7 @@ class VirtioBlk(VirtioDevice):
             return
         if self._worker is None:
             self._worker = threading.Thread(
-                target=self._run, name=f"virtio-blk-{self._device_id}", daemon=True
+                target=self._run, name=f"virtio-blk-{self.device_id}", daemon=True
             )
             self._worker.start()
         self._work.put(request)
@@ -321,14 +322,20 @@ class VirtioBlk(VirtioDevice):
         action = self._policy.action(is_read=is_read, no_space=no_space)
         self._events.emit(
             "BLOCK_IO_ERROR",
-            device=self._device_id,
+            device=self.device_id,
             node_name=self.node.node_name,
             operation="read" if is_read else "write",
             action=action,
             nospace=no_space,
             reason=error.strerror if isinstance(error, IOFailed) else str(error),
         )
+        if action == "stop":
+            self._io_status = "nospace" if no_space else "failed"
         return action
+
+    def io_status(self) -> str:
+        """In QEMU's words: "ok", or why the guest was stopped, "nospace" or "failed", until it goes on."""
+        return self._io_status
 
     # The machine's moments
 
@@ -343,6 +350,7 @@ class VirtioBlk(VirtioDevice):
     def resumed(self) -> None:
         """What was parked is asked for again, in its order, before anything new."""
         self._stopping = False
+        self._io_status = "ok"
         parked, self._parked = self._parked, []
         for head in parked:
             try:
@@ -356,6 +364,7 @@ class VirtioBlk(VirtioDevice):
         self._generation += 1
         self._parked.clear()
         self._stopping = False
+        self._io_status = "ok"
 
     def close(self) -> None:
         if self._worker is not None:

@@ -115,6 +115,7 @@ class BlockInfo(Structure, kw_only=True):
 
     :param device: always empty: nodes are given by their node-names.
     :param qdev: the device's own name.
+    :param io_status: `ok`; or `nospace` or `failed` while the guest is stopped for it.
     :param inserted: the node.
     """
 
@@ -123,7 +124,7 @@ class BlockInfo(Structure, kw_only=True):
     type: str = "unknown"
     removable: bool = False
     locked: bool = False
-    io_status: str = "ok"
+    io_status: str
     inserted: BlockDeviceInfo
 
 
@@ -242,7 +243,11 @@ def query_named_block_nodes(host: Host, arguments: Flatness) -> list[BlockDevice
 def query_block(host: Host) -> list[BlockInfo]:
     """The guest's devices with a node behind them."""
     return [
-        BlockInfo(qdev=disk.device_id, inserted=_node(host, host.graph.find(disk.node_name), flat=False))
+        BlockInfo(
+            qdev=disk.device_id,
+            io_status=disk.io_status(),
+            inserted=_node(host, host.graph.find(disk.node_name), flat=False),
+        )
         for disk in host.machine.disks
     ]
 
