@@ -194,13 +194,14 @@ def test_self_checking_linux_finds_nothing_bad_over_twenty_rounds(tmp_path: Path
         for round_ in range(20):
             saved_at, _ = beats(1)
             machine.save(f"round{round_}")
-            after_save, _ = beats(1)
-            beats(30)
+            console.skip()
+            after_save, _ = beats(5)
+            before, _ = beats(30)
             machine.load(f"round{round_}")
-            back_at, _ = beats(1)
-            while back_at > after_save:  # printed before the load
-                back_at, _ = beats(1)
-            assert back_at > saved_at, "no beat is lost or done twice"
+            # What was printed before the load comes first; then the numbers fall back to the snapshot's.
+            while (now := beats(1)[0]) > before:
+                before = now
+            assert saved_at < now <= after_save, "it goes on from the snapshot"
             _, same = beats(20)
             assert same == nonce
             if round_ % 5 == 4:
