@@ -147,6 +147,11 @@ def test_a_port_that_is_taken_is_refused_in_one_sentence_with_a_remedy() -> None
     assert "another port" in refused.stderr
 
 
+def test_cancelling_what_is_not_there_is_refused(box: str) -> None:
+    done = stillframe("cancel", box, "nosuch")
+    assert (done.returncode, done.stderr.splitlines()[0]) == (1, "stillframe: Job not found")
+
+
 def test_stop_and_cont(box: str) -> None:
     for word, state in (("stop", "paused"), ("cont", "running")):
         stillframe(word, box, check=True)

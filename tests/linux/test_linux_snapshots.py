@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -164,6 +165,25 @@ def test_a_second_save_and_load_after_the_first_load(machine: RunningMachine) ->
     machine.console.shell("test ! -e /mnt/second")
     machine.load("two")
     assert facts(machine) == second
+
+
+def test_after_a_load_the_rtc_is_right_and_the_wall_clock_is_as_old_as_the_snapshot(
+    machine: RunningMachine,
+) -> None:
+    def seconds(command: str) -> int:
+        return int(machine.console.shell(command))
+
+    age = 5
+    machine.save("old")
+    at_save, saved = seconds("date +%s"), time.time()
+    while time.time() < saved + age:
+        machine.console.shell("true")
+    machine.load("old")
+    loaded = time.time()
+    assert seconds("date +%s") < at_save + age, "nobody has told the guest what time it is"
+    assert seconds("cat /sys/class/rtc/rtc0/since_epoch") >= int(loaded)
+    machine.console.shell("hwclock -s")
+    assert seconds("date +%s") >= int(loaded)
 
 
 def test_state_of_a_machine_with_other_memory_is_refused_by_name(image: Path, tmp_path: Path) -> None:
