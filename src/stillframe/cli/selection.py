@@ -51,6 +51,11 @@ class Selection:
     vmstate: str | None
     left_out: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def home(self) -> str:
+        """The node with the machine state; the first one where none was chosen."""
+        return self.vmstate or self.devices[0]
+
 
 async def used_nodes(client: Client) -> list[UsedNode]:
     """The nodes behind the guest's devices, in the order in which the machine lists them."""

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import click
@@ -11,7 +11,7 @@ from stillframe.cli.present import format_date, format_size, printable, table
 from stillframe.cli.progress import progress_bar
 from stillframe.cli.selection import Selection, describe, select_for_save, select_with_tag
 from stillframe.cli.target import converse, qmp_option, split_words
-from stillframe.client import Client, JobState
+from stillframe.client import Client, JobState, ProgressListener
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -65,12 +65,34 @@ def _tell_end(what: str, selection: Selection, job: JobState, seconds: float, *,
     click.echo(printable(f"{what} on {', '.join(selection.devices)}{size} in {seconds:.2f} s"))
 
 
+def _see_through(
+    target: str,
+    doing: str,
+    done: str,
+    choose: Callable[[Client], Awaitable[Selection]],
+    run: Callable[[Client, Selection, ProgressListener | None], Awaitable[JobState]],
+    *,
+    as_json: bool,
+) -> None:
+    """Choose the nodes, say which are left out, run the job beside a progress bar, and tell its end."""
+
+    async def talk(client: Client) -> None:
+        selection = await choose(client)
+        _tell_selection(selection, quiet=as_json)
+        started = time.monotonic()
+        with progress_bar(doing, shown=not as_json) as listener:
+            job = await run(client, selection, listener)
+        _tell_end(done, selection, job, time.monotonic() - started, as_json=as_json)
+
+    converse(target, talk)
+
+
 @click.command(
-    epilog=f"""\b
+    epilog="""\b
 EXAMPLES
   stillframe save box before-upgrade
   stillframe save box clean --devices root,vars --vmstate root
-  stillframe save {"--qmp unix:/run/vm/qmp.sock"} clean --json
+  stillframe save --qmp unix:/run/vm/qmp.sock clean --json
 
 Ctrl-C cancels the job; nothing of it is left behind, and the guest goes on."""
 )
@@ -91,22 +113,16 @@ def save(
     """Take a snapshot of a machine: memory, devices and disks."""
     target, tag = split_words(words, address, "TAG")
     names = _names(devices)
-
-    async def talk(client: Client) -> None:
-        selection = await select_for_save(client, names, vmstate)
-        _tell_selection(selection, quiet=as_json)
-        started = time.monotonic()
-        with progress_bar(f"Saving {tag}", shown=not as_json) as listener:
-            job = await client.save(
-                tag,
-                vmstate=selection.vmstate or selection.devices[0],
-                devices=selection.devices,
-                job_id=job_id,
-                progress=listener,
-            )
-        _tell_end(f"Saved '{tag}'", selection, job, time.monotonic() - started, as_json=as_json)
-
-    converse(target, talk)
+    _see_through(
+        target,
+        f"Saving {tag}",
+        f"Saved '{tag}'",
+        lambda client: select_for_save(client, names, vmstate),
+        lambda client, chosen, listener: client.save(
+            tag, vmstate=chosen.home, devices=chosen.devices, job_id=job_id, progress=listener
+        ),
+        as_json=as_json,
+    )
 
 
 @click.command(
@@ -135,22 +151,16 @@ def load(
     """Bring a snapshot back: the machine goes on from there."""
     target, tag = split_words(words, address, "TAG")
     names = _names(devices)
-
-    async def talk(client: Client) -> None:
-        selection = await select_with_tag(client, tag, names, vmstate, needs_state=True)
-        _tell_selection(selection, quiet=as_json)
-        started = time.monotonic()
-        with progress_bar(f"Loading {tag}", shown=not as_json) as listener:
-            job = await client.load(
-                tag,
-                vmstate=selection.vmstate or selection.devices[0],
-                devices=selection.devices,
-                job_id=job_id,
-                progress=listener,
-            )
-        _tell_end(f"Loaded '{tag}'", selection, job, time.monotonic() - started, as_json=as_json)
-
-    converse(target, talk)
+    _see_through(
+        target,
+        f"Loading {tag}",
+        f"Loaded '{tag}'",
+        lambda client: select_with_tag(client, tag, names, vmstate, needs_state=True),
+        lambda client, chosen, listener: client.load(
+            tag, vmstate=chosen.home, devices=chosen.devices, job_id=job_id, progress=listener
+        ),
+        as_json=as_json,
+    )
 
 
 @click.command(
@@ -170,16 +180,16 @@ def delete(
     """Delete a snapshot; its space is given back."""
     target, tag = split_words(words, address, "TAG")
     names = _names(devices)
-
-    async def talk(client: Client) -> None:
-        selection = await select_with_tag(client, tag, names, None, needs_state=False)
-        _tell_selection(selection, quiet=as_json)
-        started = time.monotonic()
-        with progress_bar(f"Deleting {tag}", shown=not as_json) as listener:
-            job = await client.delete(tag, devices=selection.devices, job_id=job_id, progress=listener)
-        _tell_end(f"Deleted '{tag}'", selection, job, time.monotonic() - started, as_json=as_json)
-
-    converse(target, talk)
+    _see_through(
+        target,
+        f"Deleting {tag}",
+        f"Deleted '{tag}'",
+        lambda client: select_with_tag(client, tag, names, None, needs_state=False),
+        lambda client, chosen, listener: client.delete(
+            tag, devices=chosen.devices, job_id=job_id, progress=listener
+        ),
+        as_json=as_json,
+    )
 
 
 @click.command(

@@ -12,8 +12,6 @@ from stillframe.client import Client
 Result = TypeVar("Result")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-EXAMPLE_ADDRESS = "--qmp unix:/run/vm/qmp.sock"
-
 
 def qmp_option(command: Command) -> Command:
     """`--qmp ADDRESS`, in place of NAME."""

@@ -60,16 +60,6 @@ class VirtualClock(Device):
             return self._base_ns
         return self._base_ns + time.monotonic_ns() - self._started_ns
 
-    @property
-    def zero_ns(self) -> int | None:
-        """What the host's monotonic clock showed, or would have, when this clock was at zero.
-
-        None while the clock stands still, and with `icount`.
-        """
-        if self.icount_shift is not None or self._started_ns is None:
-            return None
-        return self._started_ns - self._base_ns
-
     def start(self) -> None:
         """Let time go on."""
         if self._started_ns is None:

@@ -133,11 +133,6 @@ class Header:
         """Refcounts of one refcount block."""
         return self.cluster_size * 8 >> self.refcount_order
 
-    @property
-    def compressed_offset_bits(self) -> int:
-        """Bits of a compressed entry that hold the host offset."""
-        return 70 - self.cluster_bits
-
     def l1_entries_for(self, size: int) -> int:
         """L1 entries that a disk of this many bytes needs; the state area begins at the next."""
         return -(-size // self.l2_span)

@@ -41,7 +41,6 @@ class Mapping:
         self._version = header.version
         self._cluster_bits = header.cluster_bits
         self._cluster_size = header.cluster_size
-        self._span = header.l2_span
         self._span_bits = header.cluster_bits * 2 - 3
         self._entries = header.l2_entries
         self._cache: OrderedDict[int, bytearray] = OrderedDict()

@@ -94,10 +94,6 @@ class Flash(Device):
     def reset(self) -> None:
         self._clear()
 
-    def content_backup(self) -> bytes:
-        """What is stored now; put back into the block's view and followed by `write_back`, it is again."""
-        return bytes(self.block.view)
-
     def write_back(self) -> None:
         """Make the node equal to the array, writing only what differs. A read-only node is left as it is.
 

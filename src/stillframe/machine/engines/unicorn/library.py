@@ -199,10 +199,6 @@ class Processor:
         self._control(unicorn_const.UC_CTL_TLB_FLUSH)
         self._control(unicorn_const.UC_CTL_TB_FLUSH)
 
-    def forget_addresses(self) -> None:
-        """Drop all translations of addresses."""
-        self._control(unicorn_const.UC_CTL_TLB_FLUSH)
-
     def context(self) -> bytes:
         """What `uc_context_save` keeps."""
         self._check("save its context", self.library.context_save(self.handle, self._context))
