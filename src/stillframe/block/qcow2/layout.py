@@ -114,9 +114,24 @@ class Header:
         return 1 << self.cluster_bits
 
     @property
+    def has_extended_l2(self) -> bool:
+        """Whether an L2 entry is two words, the second of which speaks of the cluster's 32 parts."""
+        return bool(self.incompatible & EXTENDED_L2)
+
+    @property
+    def has_data_file(self) -> bool:
+        """Whether guest data lies in a file of its own."""
+        return bool(self.incompatible & DATA_FILE)
+
+    @property
+    def l2_entry_words(self) -> int:
+        """64-bit words of one L2 entry: 1, or 2 with extended L2 entries."""
+        return 2 if self.has_extended_l2 else 1
+
+    @property
     def l2_entries(self) -> int:
         """Entries of one L2 table."""
-        return self.cluster_size // 8
+        return self.cluster_size // (8 * self.l2_entry_words)
 
     @property
     def l2_span(self) -> int:
