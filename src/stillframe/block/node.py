@@ -12,7 +12,14 @@ A change of an image's snapshots is made in two steps, so that several images ca
     roll_back instead of finish: the header is switched back, the old world is in force again
     abandon   instead of commit: what was prepared is given back
 
-Nobody calls these but `snapshots/group.py`, which drives a set of them as one.
+Where several images change, each carries a mark meanwhile, a note in its header by which a crash in the middle is
+recognised and resolved:
+
+    mark      after prepare: durable. The image that decides, first
+    settle    instead of, and before, taking it off: this image is as the operation left it. All but the one that decides
+    unmark    the note is gone. The image that decides, after all others are settled; then these
+
+Nobody calls these but `snapshots/group.py`, which drives a set of them as one, and `snapshots/recovery.py`.
 """
 
 from abc import ABC, abstractmethod
@@ -113,8 +120,52 @@ class SnapshotRecord:
     lineage: Lineage | None = None
 
 
+class GroupKind(Enum):
+    """What is done to several images at once. SAVE: a snapshot is made. LOAD: they go back to one. DELETE: one is deleted."""
+
+    SAVE = "save"
+    LOAD = "load"
+    DELETE = "delete"
+
+
+class GroupStage(Enum):
+    """How far an image has come, by its mark.
+
+    UNDER_WAY: begun. COMMITTED: only on the image that decides, written with its switch: all images shall have the
+    operation. SETTLED: this image is as the operation left it, and waits for nothing.
+    """
+
+    UNDER_WAY = 0
+    COMMITTED = 1
+    SETTLED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMark:
+    """What an image's header says of an operation over several images that it is, or was, part of.
+
+    :param operation: the same on all of its images. :param images: how many they are.
+    :param decides: whether this is the image whose stage says if all have the operation or none: the one with the
+        machine state. :param decider: what that image is called, for people.
+    """
+
+    operation: UUID
+    kind: GroupKind
+    stage: GroupStage
+    decides: bool
+    images: int
+    decider: str
+
+
 class Change(Protocol):
-    """A prepared change of one image's snapshots; the module's text gives the order of the calls."""
+    """A prepared change of one image's snapshots; the module's text gives the order of the calls.
+
+    :ivar image_name: what people call the image: its file, without directories.
+    """
+
+    image_name: str
+
+    def mark(self, mark: GroupMark) -> None: ...
 
     def commit(self) -> None: ...
 
@@ -123,6 +174,10 @@ class Change(Protocol):
     def finish(self) -> None: ...
 
     def abandon(self) -> None: ...
+
+    def settle(self) -> None: ...
+
+    def unmark(self) -> None: ...
 
 
 class PendingSnapshot(Protocol):
@@ -155,7 +210,10 @@ class SnapshotStore(Protocol):
     """What a driver with internal snapshots offers."""
 
     def snapshots(self) -> Sequence[SnapshotInfo]:
-        """In the order of the image's table."""
+        """In the order of the image's table.
+
+        Without one that an unfinished save or delete over several images may have left behind.
+        """
         ...
 
     def freeze(self) -> PendingSnapshot:
@@ -178,6 +236,41 @@ class SnapshotStore(Protocol):
 
     def read_state(self, snapshot: SnapshotInfo, offset: int, length: int) -> bytes:
         """Machine state of a snapshot; shorter than `length` only at its end."""
+        ...
+
+    def refuse_if_unmarkable(self) -> None:
+        """Before an operation over several images is begun.
+
+        :raise LimitReached: the header has no room for a mark. :raise InUse: it has one that is not resolved.
+        """
+        ...
+
+    @property
+    def unfinished(self) -> GroupMark | None:
+        """The mark that was found when the image was opened, as long as it is there. None where there was none."""
+        ...
+
+    @property
+    def is_withheld(self) -> bool:
+        """Whether the content must not be used: a load of several images was interrupted, and not resolved yet."""
+        ...
+
+    def refuse_unless_resolvable(self, *, committed: bool) -> None:
+        """:raise ImageCorrupt: the image is neither as it was before the operation nor as it is after it."""
+        ...
+
+    def resolve(self, *, committed: bool) -> None:
+        """Give the image what the unfinished operation would have, or what it had before it.
+
+        It is settled, unless it is the one that decides, which keeps its stage. Called again after an error it
+        goes on.
+
+        :param committed: what the image that decides says.
+        """
+        ...
+
+    def unmark(self) -> None:
+        """Take the mark off, durably; the image stays as it is."""
         ...
 
 

@@ -8,15 +8,18 @@
 A refcount counts paths: a cluster under a shared L2 table has one reference from each tree that leads through it.
 """
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 
 import numpy as np
 
-from stillframe.block.node import Change, SnapshotRecord
+from stillframe.block.node import Change, GroupKind, GroupMark, GroupStage, SnapshotRecord
 from stillframe.block.qcow2.image import Image, World
 from stillframe.block.qcow2.layout import MAX_L1_BYTES
 from stillframe.block.qcow2.lineage import pack_lineage
+from stillframe.block.qcow2.marks import IDENTITY_BYTES, Mark, identity
 from stillframe.block.qcow2.pending import Pending
 from stillframe.block.qcow2.shadow import (
     U_COMPRESSED,
@@ -58,6 +61,49 @@ class SwitchChange:
         self._pending = pending
         self._stage = Stage.PREPARED
         self._lease: list[tuple[int, int]] = []
+        self._mark: Mark | None = None
+        self._at_commit: Mark | None = None
+        self._barred = False
+        self.image_name = os.path.basename(shadow.image.file.node.info().filename)
+
+    def mark(self, mark: GroupMark) -> None:
+        """See `Change`: durable at the return. :raise LimitReached: the header has no room; nothing has changed."""
+        image = self._image
+        snapshot, before, after = bytes(IDENTITY_BYTES), b"", b""
+        if mark.kind is GroupKind.LOAD:
+            before, after = self._old.header.pack_world(), self._new.header.pack_world()
+        else:
+            there = {identity(entry) for entry in self._old.snapshots}
+            (snapshot,) = there ^ {identity(entry) for entry in self._new.snapshots}
+        self._mark = Mark(mark, snapshot, before, after)
+        self._barred = mark.kind is GroupKind.LOAD
+        image.write_mark(self._mark, barred=self._barred)
+        image.found_mark = None
+        if mark.decides:
+            self.carry(self._staged(GroupStage.COMMITTED), barred=self._barred)
+
+    def carry(self, mark: Mark, *, barred: bool) -> None:
+        """Before `commit`: this mark goes into the header with the switch."""
+        self._at_commit, self._barred = mark, barred
+
+    def settle(self) -> None:
+        """See `Change`: durable at the return."""
+        if self._mark is not None:
+            self._image.write_mark(self._staged(GroupStage.SETTLED), barred=False)
+
+    def unmark(self) -> None:
+        """See `Change`: durable at the return, unless the image was settled."""
+        if self._mark is not None:
+            image = self._image
+            is_settled = image.sector.mark is not None and image.sector.mark.group.stage is GroupStage.SETTLED
+            image.write_mark(None, barred=False, flush=not is_settled)
+            self._mark = self._at_commit = None
+
+    def _staged(self, stage: GroupStage) -> Mark:
+        mark = self._mark
+        if mark is None:
+            raise InUse("The change of the image's snapshots carries no mark")
+        return replace(mark, group=replace(mark.group, stage=stage))
 
     def commit(self) -> None:
         """See `Change`. After an error the old world is in force, or not known to be and the image takes no writes."""
@@ -65,7 +111,7 @@ class SwitchChange:
             raise InUse("This change of the image's snapshots was committed or given up before")
         image = self._image
         image.gate.hold_writes()
-        image.switch_world(self._new)
+        image.switch_world(self._new, self._at_commit, barred=self._barred)
         self._stage = Stage.COMMITTED
         with image.gate.lock:
             self._lease = image.refcounts.take_lease()
@@ -97,7 +143,7 @@ class SwitchChange:
             return
         image = self._image
         try:
-            image.restore_world(self._old)
+            self._restore()
             with image.gate.lock:
                 image.forget_tables()
                 for first, count in self._lease:
@@ -115,11 +161,15 @@ class SwitchChange:
         try:
             if image.is_in_doubt:
                 # A commit has failed, and putting the old world back, too: perhaps it can be done now.
-                image.restore_world(self._old)
+                self._restore()
         finally:
             self._over()
         if self._pending is not None:
             self._pending.abandon()
+
+    def _restore(self) -> None:
+        # Where the switch took a word of the mark with it, the way back takes the word before it.
+        self._image.restore_world(self._old, self._mark if self._at_commit else None, barred=self._barred)
 
     def _over(self) -> None:
         self._stage = Stage.OVER
@@ -277,7 +327,7 @@ def prepare_revert(image: Image, entry: SnapshotEntry) -> Change:
     return _switch(image, build)
 
 
-def prepare_delete(image: Image, entry: SnapshotEntry) -> Change:
+def prepare_delete(image: Image, entry: SnapshotEntry) -> SwitchChange:
     """See `SnapshotStore.prepare_delete`."""
     _refuse_if_pending(image)
     check_l1_place(entry, image.header)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from stillframe.block.node import Node
 from stillframe.block.qcow2.compression import decompress
+from stillframe.block.qcow2.first_sector import FirstSector
 from stillframe.block.qcow2.gate import Gate
 from stillframe.block.qcow2.image_file import ImageFile
 from stillframe.block.qcow2.layout import (
@@ -22,11 +23,10 @@ from stillframe.block.qcow2.layout import (
     CORRUPT,
     DIRTY,
     EXTENSION_BITMAPS,
-    FEATURES_OFFSET,
+    LOADING,
     MAX_CLUSTER_BITS,
     MIN_CLUSTER_BITS,
     OFFSET_MASK,
-    WORLD_OFFSET,
     Header,
     parse_header,
 )
@@ -40,8 +40,9 @@ from stillframe.block.qcow2.mapping import (
     l1_entry,
     packed_place,
 )
+from stillframe.block.qcow2.marks import Mark
 from stillframe.block.qcow2.snapshot_table import SnapshotEntry, parse_table
-from stillframe.errors import ImageCorrupt, IOFailed, Refused, StillframeError
+from stillframe.errors import ImageCorrupt, InUse, IOFailed, LimitReached, Refused, StillframeError
 
 if TYPE_CHECKING:
     from stillframe.block.qcow2.pending import Pending
@@ -78,7 +79,12 @@ class Image:
         self.read_only = read_only
         self.gate = Gate()
         self._size_at_open = file.size
-        self.world = self._read_world()
+        header = self._read_header()
+        self.sector = FirstSector(self.file, header)
+        # The bit is the mark's and not this header's: whoever switches worlds need not know of it.
+        self.world = self.tables_of(replace(header, incompatible=header.incompatible & ~LOADING))
+        self.found_mark = self.sector.mark
+        self._mark_failure: str | None = None
         self.mapping = Mapping(self.file, self.world.header)
         self.pending: Pending | None = None
         self.broken: str | None = None
@@ -88,7 +94,6 @@ class Image:
         self._metadata: dict[int, str] | None = None
         self._unpacked: tuple[int, bytes] | None = None
         self._unpacking = threading.Lock()
-        header = self.world.header
         if header.extension(EXTENSION_BITMAPS) and header.autoclear & BITMAPS_CONSISTENT:
             self.has_bitmaps = True
         if not read_only and not is_repair:
@@ -113,12 +118,15 @@ class Image:
             self._refcounts = Refcounts(self)
         return self._refcounts
 
-    def _read_world(self) -> World:
+    def _read_header(self) -> Header:
         start = self.file.read(0, min(self.file.size, 1 << MIN_CLUSTER_BITS))
         cluster_bits = int.from_bytes(start[20:24], "big")
         if MIN_CLUSTER_BITS < cluster_bits <= MAX_CLUSTER_BITS:
             start = self.file.read(0, min(self.file.size, 1 << cluster_bits))
-        header = parse_header(bytes(start))
+        return parse_header(bytes(start))
+
+    def tables_of(self, header: Header) -> World:
+        """The world that a header leads to, as it is in the file. :raise ImageCorrupt: out of bounds."""
         snapshots, length = parse_table(header, lambda offset, size: bytes(self.file.read(offset, size)))
         table_bytes = header.refcount_table_clusters * header.cluster_size
         return World(
@@ -156,45 +164,89 @@ class Image:
             incompatible=header.incompatible if incompatible is None else incompatible,
             autoclear=header.autoclear if autoclear is None else autoclear,
         )
-        self.file.write(FEATURES_OFFSET, header.pack_features())
-        self.file.flush()
+        self.sector.write_features(header)
         self.world = replace(self.world, header=header)
 
-    def switch_world(self, new: World) -> None:
-        """Put another world into force, durably, by one write of the header.
+    @property
+    def is_withheld(self) -> bool:
+        """Whether it was found in the middle of a load of several images, which is not resolved yet."""
+        return self.found_mark is not None and self.sector.is_barred
 
-        What the new one points to is durable already. On an error the old one is in force again; if even that cannot be
-        known, the image takes no more writes: both worlds are whole, and the next open finds one of them.
-        """
-        old = self.world
-        try:
-            self._write_world(new)
-        except BaseException:
-            self.restore_world(old)
-            raise
-        self.world = new
+    def refuse_if_withheld(self) -> None:
+        """:raise InUse: the content may be that before or after an interrupted load, unlike its group's."""
+        if self.is_withheld:
+            raise InUse(
+                "The image is part of a load of several images that was interrupted",
+                remedy="Open all images of the group together, or run `stillframe image recover` on them.",
+            )
 
-    def _write_world(self, world: World) -> None:
-        self.file.write(WORLD_OFFSET, world.header.pack_world())
-        self.file.flush()
+    def write_mark(self, mark: Mark | None, *, barred: bool, flush: bool = True) -> None:
+        """Put another mark into the header, or none; the world stays.
 
-    def restore_world(self, old: World) -> None:
-        """Put the old world into force again after a switch that failed or is to be undone.
-
-        :raise IOFailed: it is not known which is in force; the image takes no more writes.
+        :raise LimitReached: there is no room for it. :raise IOFailed: it may be there; the image takes no more writes.
         """
         try:
             try:
-                self._write_world(old)
+                self.sector.write_all(self.header, mark, barred=barred, flush=flush)
+            except IOFailed:
+                # Once more, as in `restore_world`.
+                self.sector.write_all(self.header, mark, barred=barred, flush=flush)
+        except LimitReached:
+            raise
+        except BaseException as error:
+            self._mark_failure = f"The header of the image could not be written ({_said(error)})"
+            self.broken = self.broken or self._mark_failure
+            raise
+        if self.broken is self._mark_failure:
+            self.broken = None
+
+    def switch_world(self, new: World, mark: Mark | None = None, *, barred: bool = False) -> None:
+        """Put another world into force, durably, by one write of the header.
+
+        :param mark: goes into the header with it; None leaves what is there. :param barred: see `FirstSector`.
+        What the new one points to is durable already. On an error the old one is in force again; if even that cannot be
+        known, the image takes no more writes: both worlds are whole, and the next open finds one of them.
+        """
+        old, new = self.world, self._with_features(new)
+        before, was_barred = (self.sector.mark, self.sector.is_barred) if mark else (None, False)
+        try:
+            self._write_world(new, mark, barred)
+        except BaseException:
+            self.restore_world(old, before, barred=was_barred)
+            raise
+        self.world = new
+
+    def _with_features(self, world: World) -> World:
+        """A world of this image as it would be now: the image may have been marked corrupt since it was built."""
+        now = self.header
+        header = replace(world.header, incompatible=now.incompatible, autoclear=now.autoclear)
+        return replace(world, header=header)
+
+    def _write_world(self, world: World, mark: Mark | None, barred: bool) -> None:
+        if mark is None:
+            self.sector.write_world(world.header)
+        else:
+            self.sector.write_all(world.header, mark, barred=barred)
+
+    def restore_world(self, old: World, mark: Mark | None = None, *, barred: bool = False) -> None:
+        """Put the old world into force again after a switch that failed or is to be undone.
+
+        :param mark: as in `switch_world`.
+
+        :raise IOFailed: it is not known which is in force; the image takes no more writes.
+        """
+        old = self._with_features(old)
+        try:
+            try:
+                self._write_world(old, mark, barred)
             except IOFailed:
                 # Once more: an error that passes must not leave the image unwritable.
-                self._write_world(old)
+                self._write_world(old, mark, barred)
         except BaseException as error:
             # Not storage alone: whoever interrupts twice leaves as much doubt.
-            why = error.message if isinstance(error, StillframeError) else type(error).__name__
             self.is_in_doubt = True
             self.broken = (
-                f"The header of the image could not be written ({why}); it is whole, in its state before or "
+                f"The header of the image could not be written ({_said(error)}); it is whole, in its state before or "
                 "after the last operation"
             )
             raise
@@ -469,6 +521,10 @@ class Image:
 
 
 _ACTIVE_L2 = "active L2 table"
+
+
+def _said(error: BaseException) -> str:
+    return error.message if isinstance(error, StillframeError) else type(error).__name__
 
 
 def _zero(buffer: memoryview) -> None:

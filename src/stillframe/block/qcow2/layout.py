@@ -51,6 +51,9 @@ MAX_OFFSET = 1 << 56
 MAX_BACKING_NAME = 1023
 
 DIRTY, CORRUPT, DATA_FILE, COMPRESSION_TYPE, EXTENDED_L2 = (1 << bit for bit in range(5))
+LOADING = 1 << 62
+"""Ours, in a header alone and never in a `Header` of an open image: see first_sector.py and marks.py."""
+VERSION_2_LOADING = 0x53460002
 LAZY_REFCOUNTS = 1
 BITMAPS_CONSISTENT = 1
 
@@ -178,9 +181,39 @@ class Header:
             self.snapshots_offset,
         )
 
-    def pack_features(self) -> bytes:
-        """Bytes 72..95, for one write at `FEATURES_OFFSET`; version 3 only."""
-        return _FEATURES.pack(self.incompatible, self.compatible, self.autoclear)
+    def with_world(self, packed: bytes) -> "Header":
+        """This header with other bytes 24..71. :raise ImageCorrupt: a number of theirs is out of its bounds."""
+        size, crypt_method, l1_size, l1_offset, table, clusters, count, snapshots = _WORLD.unpack(packed)
+        header = replace(
+            self,
+            size=size,
+            crypt_method=crypt_method,
+            l1_size=l1_size,
+            l1_offset=l1_offset,
+            refcount_table_offset=table,
+            refcount_table_clusters=clusters,
+            snapshot_count=count,
+            snapshots_offset=snapshots,
+        )
+        _check_bounds(header)
+        return header
+
+    def pack_features(self, further: int = 0) -> bytes:
+        """Bytes 72..95, for one write at `FEATURES_OFFSET`; version 3 only. :param further: incompatible bits."""
+        return _FEATURES.pack(self.incompatible | further, self.compatible, self.autoclear)
+
+    @property
+    def extensions_offset(self) -> int:
+        """Where the extensions begin."""
+        return 72 if self.version == 2 else self.header_length
+
+
+def pack_extensions(extensions: tuple[tuple[int, bytes], ...]) -> bytes:
+    """Header extensions, with the one that ends them."""
+    return b"".join(
+        _EXTENSION.pack(kind, len(data)) + data + bytes(-len(data) % 8)
+        for kind, data in (*extensions, (EXTENSION_END, b""))
+    )
 
 
 def pack_header(header: Header) -> bytes:
@@ -188,11 +221,8 @@ def pack_header(header: Header) -> bytes:
 
     :raise InvalidRequest: they do not fit into one cluster, or the name is too long.
     """
-    extensions = b"".join(
-        _EXTENSION.pack(kind, len(data)) + data + bytes(-len(data) % 8) for kind, data in header.extensions
-    )
-    extensions += _EXTENSION.pack(EXTENSION_END, 0)
-    length = 72 if header.version == 2 else header.header_length
+    extensions = pack_extensions(header.extensions)
+    length = header.extensions_offset
     name_offset = length + len(extensions) if header.backing_name else 0
     if len(header.backing_name) > MAX_BACKING_NAME:
         raise InvalidRequest("Backing file name too long")
@@ -229,6 +259,13 @@ def feature_names() -> bytes:
     )
 
 
+def loading_name() -> bytes:
+    """The same for the bit `LOADING` alone."""
+    return _FEATURE_NAME.pack(
+        0, LOADING.bit_length() - 1, b"unfinished load of several images".ljust(46, b"\0")
+    )
+
+
 def parse_header(data: bytes) -> Header:
     """The header at the start of an image, every number within its bounds.
 
@@ -256,6 +293,8 @@ def parse_header(data: bytes) -> Header:
         snapshot_count,
         snapshots_offset,
     ) = _FIXED.unpack_from(data)
+    loading = LOADING if version == VERSION_2_LOADING else 0
+    version = 2 if loading else version
     if version not in (2, 3):
         raise Unsupported(f"Unsupported qcow2 version {version}")
     if not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
@@ -263,7 +302,7 @@ def parse_header(data: bytes) -> Header:
     cluster_size = 1 << cluster_bits
     cluster = data[:cluster_size]
     if version == 2:
-        incompatible = compatible = autoclear = 0
+        incompatible, compatible, autoclear = loading, 0, 0
         order, length, compression_type = 4, 72, 0
     else:
         if len(data) < 104:
@@ -319,7 +358,7 @@ def _parse_extensions(cluster: bytes, offset: int, end: int) -> tuple[tuple[int,
 
 
 def _check_features(header: Header) -> None:
-    known = DIRTY | CORRUPT | DATA_FILE | COMPRESSION_TYPE | EXTENDED_L2
+    known = DIRTY | CORRUPT | DATA_FILE | COMPRESSION_TYPE | EXTENDED_L2 | LOADING
     unknown = header.incompatible & ~known
     if unknown:
         raise Unsupported(f"Unsupported qcow2 feature(s): {_names_of(unknown, header)}")

@@ -238,6 +238,7 @@ class Qcow2Node(Node):
                 yield extent.offset, extent.offset + extent.length
 
     def _refuse_outside(self, offset: int, length: int) -> None:
+        self._image.refuse_if_withheld()
         if offset < 0 or length < 0 or offset + length > self.size:
             raise InvalidRequest(
                 f"{length} bytes at {offset} lie outside node '{self.node_name}', which has {self.size} bytes"
@@ -246,6 +247,7 @@ class Qcow2Node(Node):
     def _refuse_read_only(self) -> None:
         if self.read_only:
             raise Refused(f"Block node '{self.node_name}' is read-only")
+        self._image.refuse_if_withheld()
 
     def _refuse_write(self, offset: int, length: int) -> None:
         self._refuse_read_only()

@@ -25,8 +25,11 @@ def repair(file: Node, what: What) -> CheckResult:
     :param what: "leaks" gives back clusters that nobody refers to; "all" also raises refcounts that are too low.
     :return: what a second check found, and how much was repaired before it.
     :raise ImageCorrupt: too damaged to be repaired; nothing was written.
+    :raise InUse: it is part of a load that was interrupted.
     """
     image = Image(file, None, read_only=False, is_repair=True)
+    # Both worlds of an interrupted load count their own references; only one of them would be repaired.
+    image.refuse_if_withheld()
     result = repair_open(image, what)
     marks = image.header.incompatible & (CORRUPT | DIRTY)
     if marks and not result.corruptions and not result.check_errors:

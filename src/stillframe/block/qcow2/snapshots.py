@@ -2,10 +2,17 @@
 
 from collections.abc import Sequence
 
-from stillframe.block.node import Change, SnapshotInfo
+from stillframe.block.node import Change, GroupMark, SnapshotInfo
 from stillframe.block.qcow2.image import Image
+from stillframe.block.qcow2.marks import identity
 from stillframe.block.qcow2.pending import Pending, freeze
 from stillframe.block.qcow2.snapshot_table import SnapshotEntry, check_l1_place
+from stillframe.block.qcow2.unfinished import (
+    doubtful_snapshot,
+    refuse_if_unmarkable,
+    refuse_unless_resolvable,
+    resolve,
+)
 from stillframe.errors import NotFound
 
 
@@ -19,10 +26,16 @@ class Snapshots:
     def snapshots(self) -> Sequence[SnapshotInfo]:
         """See `SnapshotStore`."""
         size = self._image.header.size
-        return tuple(entry.info(size) for entry in self._image.world.snapshots)
+        doubtful = doubtful_snapshot(self._image)
+        return tuple(
+            entry.info(size)
+            for entry in self._image.world.snapshots
+            if doubtful is None or identity(entry) != doubtful
+        )
 
     def freeze(self) -> Pending:
         """See `SnapshotStore`."""
+        self._image.refuse_if_withheld()
         return freeze(self._image)
 
     def prepare_revert(self, snapshot: SnapshotInfo) -> Change:
@@ -33,12 +46,14 @@ class Snapshots:
         """
         from stillframe.block.qcow2.changes import prepare_revert
 
+        self._image.refuse_if_withheld()
         return prepare_revert(self._image, self._find(snapshot))
 
     def prepare_delete(self, snapshot: SnapshotInfo) -> Change:
         """See `SnapshotStore`. :raise InUse: a snapshot is pending, or another change is not finished."""
         from stillframe.block.qcow2.changes import prepare_delete
 
+        self._image.refuse_if_withheld()
         return prepare_delete(self._image, self._find(snapshot))
 
     def read_state(self, snapshot: SnapshotInfo, offset: int, length: int) -> bytes:
@@ -50,6 +65,35 @@ class Snapshots:
         buffer = bytearray(length)
         image.read_tree(self._l1(entry), start + offset, memoryview(buffer))
         return bytes(buffer)
+
+    # A mark that was found.
+
+    def refuse_if_unmarkable(self) -> None:
+        """See `SnapshotStore`."""
+        refuse_if_unmarkable(self._image)
+
+    @property
+    def unfinished(self) -> GroupMark | None:
+        """See `SnapshotStore`."""
+        image = self._image
+        return image.sector.mark.group if image.found_mark and image.sector.mark else None
+
+    @property
+    def is_withheld(self) -> bool:
+        """See `SnapshotStore`."""
+        return self._image.is_withheld
+
+    def refuse_unless_resolvable(self, *, committed: bool) -> None:
+        """See `SnapshotStore`."""
+        refuse_unless_resolvable(self._image, committed=committed)
+
+    def resolve(self, *, committed: bool) -> None:
+        """See `SnapshotStore`."""
+        resolve(self._image, committed=committed)
+
+    def unmark(self) -> None:
+        """See `SnapshotStore`."""
+        self._image.write_mark(None, barred=False)
 
     def _l1(self, entry: SnapshotEntry) -> bytearray:
         """A snapshot's L1; the last one is remembered, for as long as the list stays what it is."""
