@@ -94,7 +94,9 @@ def qemu_io(path: Path, *commands: str, image_format: str = "qcow2") -> str:
 def checked(path: Path) -> dict[str, int]:
     """The numbers of `qemu-img check`, whatever it found."""
     done = subprocess.run(
-        [peer("qemu-img"), "check", "--output=json", "-f", "qcow2", str(path)], capture_output=True, text=True
+        [peer("qemu-img"), "check", "-U", "--output=json", "-f", "qcow2", str(path)],
+        capture_output=True,
+        text=True,
     )
     found: dict[str, Any] = json.loads(done.stdout or "{}")
     assert found, done.stderr
