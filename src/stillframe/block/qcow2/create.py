@@ -10,7 +10,6 @@ from stillframe.block.qcow2.layout import (
     LAZY_REFCOUNTS,
     MAX_CLUSTER_BITS,
     MAX_L1_BYTES,
-    MAX_OFFSET,
     MIN_CLUSTER_BITS,
     Header,
     feature_names,
@@ -59,8 +58,8 @@ def create_image(
     if backing_format is not None and backing_file is None:
         raise InvalidRequest("Backing format cannot be used without backing file")
     size = -(-size // 512) * 512
-    if not 0 <= size < MAX_OFFSET:
-        raise InvalidRequest("Image size must be between 0 and 64 PiB")
+    if size < 0:
+        raise InvalidRequest("Image size must not be negative")
     extensions: list[tuple[int, bytes]] = []
     if backing_format is not None:
         extensions.append((EXTENSION_BACKING_FORMAT, backing_format.encode()))

@@ -136,6 +136,8 @@ class Refcounts:
         run_first, run = at, 0
         while run < wanted:
             if at >= MAX_OFFSET >> self._bits:
+                if run >= least:
+                    break
                 raise LimitReached("The image file has reached the largest size that qcow2 allows")
             index, within = divmod(at, self._per_block)
             free = self._free_in(index)
@@ -248,7 +250,12 @@ class Refcounts:
         last_block = max(first + count - 1 for first, count in found) // self._per_block
         try:
             if last_block * 8 >= len(image.world.refcount_table):
-                self._grow_table(last_block + 1)
+                try:
+                    self._grow_table(last_block + 1)
+                except LimitReached:
+                    self._keep_counted(found)
+                    if not found:
+                        raise
             leased, created = self._raise_to_one(found)
             with image.gate.released():
                 image.file.flush()
@@ -268,9 +275,27 @@ class Refcounts:
     def _find_for_lease(self, wanted: int) -> list[ClusterRun]:
         found: list[ClusterRun] = []
         while wanted > 0 and len(found) < RUNS_IN_LEASE:
-            found.append(self.reserve(wanted))
+            try:
+                found.append(self.reserve(wanted))
+            except LimitReached:
+                if not found:
+                    raise
+                break
             wanted -= found[-1][1]
         return found
+
+    def _keep_counted(self, found: list[ClusterRun]) -> None:
+        """Of reserved runs, keep those that the refcount table as it is can count."""
+        end = len(self._image.world.refcount_table) // 8 * self._per_block
+        for at in range(len(found) - 1, -1, -1):
+            first, count = found[at]
+            kept = max(0, min(count, end - first))
+            if kept < count:
+                self.unreserve(first + kept, count - kept)
+            if kept:
+                found[at] = (first, kept)
+            else:
+                del found[at]
 
     def _raise_to_one(self, found: list[ClusterRun]) -> tuple[list[ClusterRun], list[ClusterRun]]:
         """Write refcounts of one for reserved runs, and blocks for them where there are none.

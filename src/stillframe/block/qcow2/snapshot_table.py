@@ -195,8 +195,12 @@ def check_l1_place(entry: SnapshotEntry, header: Header) -> None:
 
 def next_id(entries: tuple[SnapshotEntry, ...]) -> bytes:
     """One more than the largest numeric id."""
-    numbers = [int(entry.id) for entry in entries if entry.id.isdigit() and len(entry.id) < 20]
-    return str(1 + max(numbers, default=0)).encode()
+    taken = {entry.id for entry in entries}
+    number = 1 + max((int(each) for each in taken if each.isdigit() and len(each) < 20), default=0)
+    # Numbers near the end of 64 bits are left out above, and must not come twice all the same.
+    while str(number).encode() in taken:
+        number += 1
+    return str(number).encode()
 
 
 def _word(extra: bytes, at: int, absent: int) -> int:

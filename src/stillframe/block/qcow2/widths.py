@@ -11,12 +11,12 @@ Clusters = npt.NDArray[np.int64]
 
 
 def largest(order: int) -> int:
-    """The highest refcount of 2**order bits; of 64 bits we use no more than an int64 holds."""
-    return min((1 << (1 << order)) - 1, (1 << 63) - 1)
+    """The highest refcount of 2**order bits; of 64 bits we use no more than leaves an int64 room for sums."""
+    return min((1 << (1 << order)) - 1, 1 << 62)
 
 
 def decode(data: bytes | bytearray | memoryview, order: int) -> Counts:
-    """All refcounts of these bytes. A 64-bit one beyond an int64 reads as the highest that is none."""
+    """All refcounts of these bytes. A 64-bit one beyond `largest` reads as that."""
     if order >= 3:
         raw = np.frombuffer(data, f">u{1 << order - 3}")
         if order == 6:
