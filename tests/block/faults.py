@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from stillframe.block.node import Extent, ImageInfo, Node, SnapshotStore
+from stillframe.block.node import Extent, FileIdentity, ImageInfo, Node, SnapshotStore
 from stillframe.errors import io_failed
 
 
@@ -29,6 +29,10 @@ class ForwardingNode(Node):
     @property
     def children(self) -> Mapping[str, Node]:
         return self.inner.children
+
+    @property
+    def identity(self) -> FileIdentity | None:
+        return self.inner.identity
 
     @property
     def snapshot_store(self) -> SnapshotStore | None:

@@ -39,6 +39,18 @@ class ExtentKind(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """Which file a node's bytes are in, for as long as the host runs.
+
+    :param mount: of the mount that it was reached through; mounted again it is another. 0 where the host does not tell.
+    """
+
+    device: int
+    inode: int
+    mount: int
+
+
+@dataclass(frozen=True, slots=True)
 class Extent:
     """A range of a node whose bytes are all of one kind.
 
@@ -319,6 +331,11 @@ class Node(ABC):
     @abstractmethod
     def children(self) -> Mapping[str, "Node"]:
         """The nodes below by role: "file", "backing"."""
+
+    @property
+    def identity(self) -> FileIdentity | None:
+        """Which regular file this node is; None for anything else. :raise IOFailed: the host does not tell."""
+        return None
 
     @abstractmethod
     def readinto(self, offset: int, buffer: memoryview) -> None:

@@ -71,11 +71,11 @@ class FirstSector:
                 return
             self._write(WORLD_OFFSET, header.pack_world())
 
-    def write_features(self, header: Header) -> None:
-        """The feature words, durably; version 3 only."""
+    def write_features(self, header: Header, *, flush: bool = True) -> None:
+        """The feature words; version 3 only. :param flush: durable at the return."""
         with self._lock:
             features = header.pack_features(LOADING if self.is_barred else 0)
-            self._write(FEATURES_OFFSET, features)
+            self._write(FEATURES_OFFSET, features, flush=flush)
 
     def write_all(self, header: Header, mark: Mark | None, *, barred: bool, flush: bool = True) -> None:
         """World, features and mark in one write.

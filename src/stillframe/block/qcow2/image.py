@@ -27,6 +27,8 @@ from stillframe.block.qcow2.layout import (
     MAX_CLUSTER_BITS,
     MIN_CLUSTER_BITS,
     OFFSET_MASK,
+    OTHER_AUTOCLEAR,
+    RECORD_NUMBER_SHIFT,
     Header,
     parse_header,
 )
@@ -41,12 +43,14 @@ from stillframe.block.qcow2.mapping import (
     packed_place,
 )
 from stillframe.block.qcow2.marks import Mark
+from stillframe.block.qcow2.metadata import ACTIVE_L2, find_metadata
 from stillframe.block.qcow2.snapshot_table import SnapshotEntry, parse_table
 from stillframe.errors import ImageCorrupt, InUse, IOFailed, LimitReached, Refused, StillframeError
 
 if TYPE_CHECKING:
     from stillframe.block.qcow2.pending import Pending
     from stillframe.block.qcow2.refcounts import Refcounts
+    from stillframe.block.qcow2.replay import Recovery
 
 _ZEROES = bytes(1 << 20)
 
@@ -94,10 +98,11 @@ class Image:
         self._metadata: dict[int, str] | None = None
         self._unpacked: tuple[int, bytes] | None = None
         self._unpacking = threading.Lock()
+        self.recovery: Recovery | None = None
         if header.extension(EXTENSION_BITMAPS) and header.autoclear & BITMAPS_CONSISTENT:
             self.has_bitmaps = True
-        if not read_only and not is_repair:
-            self._open_for_writing()
+        if not read_only:
+            self._open_for_writing(is_repair)
 
     @property
     def header(self) -> Header:
@@ -137,22 +142,41 @@ class Image:
             snapshot_table_length=length,
         )
 
-    def _open_for_writing(self) -> None:
+    def _open_for_writing(self, is_repair: bool) -> None:
         header = self.world.header
-        if header.incompatible & CORRUPT:
+        if header.incompatible & CORRUPT and not is_repair:
             raise ImageCorrupt(
                 "qcow2: Image is corrupt; cannot be opened read/write",
                 remedy="Run `stillframe image check --repair all` on the image, or open it read-only.",
             )
+        from stillframe.block.qcow2.replay import recover
+        from stillframe.block.qcow2.unflushed import Record
+
+        self.recovery = recover(self)
+        if is_repair:
+            return
+        if header.version >= 3:
+            self.mapping.record = Record(self.file.node, header.l2_entry_words * 8, self._announce_record)
         if header.incompatible & DIRTY:
             # Refcounts were put off by another program that did not come to catch up on them.
             from stillframe.block.qcow2.repair import repair_open
 
             repair_open(self, "all")
             self.set_features(incompatible=self.header.incompatible & ~DIRTY)
-        if header.autoclear:
+        if self.header.autoclear:
             # What these bits promise would no longer be true after the first write of a program that does not know it.
             self.set_features(autoclear=0)
+
+    def _announce_record(self, number: int) -> bytes:
+        """Make the header carry the number of our record, until the image is closed; the world in force. Lock held."""
+        header = self.world.header
+        autoclear = header.autoclear & OTHER_AUTOCLEAR | number << RECORD_NUMBER_SHIFT
+        if header.autoclear != autoclear:
+            header = replace(header, autoclear=autoclear)
+            # Not durable, since a power cut takes the record with it.
+            self.sector.write_features(header, flush=False)
+            self.world = replace(self.world, header=header)
+        return header.pack_world()
 
     # Header.
 
@@ -223,6 +247,8 @@ class Image:
         return replace(world, header=header)
 
     def _write_world(self, world: World, mark: Mark | None, barred: bool) -> None:
+        if self.mapping.record is not None:
+            self.mapping.record.note_world(world.header.pack_world())
         if mark is None:
             self.sector.write_world(world.header)
         else:
@@ -273,6 +299,10 @@ class Image:
 
     # Where metadata lies.
 
+    def metadata_at(self, cluster: int) -> str | None:
+        """What metadata lies in a cluster, as "active L2 table"; None for data and for nothing. Lock held."""
+        return self._metadata_clusters().get(cluster)
+
     def refuse_overlap(self, first: int, count: int) -> None:
         """Before clusters are overwritten in place with data. Lock held.
 
@@ -287,7 +317,7 @@ class Image:
     def refuse_foreign_table(self, offset: int) -> None:
         """Before an active L2 table is written in place. Lock held. :raise ImageCorrupt: it is none, or two."""
         what = self._metadata_clusters().get(offset >> self.header.cluster_bits)
-        if what != _ACTIVE_L2:
+        if what != ACTIVE_L2:
             self._mark_corrupt(f"Preventing invalid write on metadata (overlaps with {what})")
 
     def refuse_uncounted(self, cluster: int) -> None:
@@ -302,7 +332,7 @@ class Image:
 
     def note_table(self, offset: int) -> None:
         """A cluster became an active L2 table. Lock held."""
-        self.note_metadata(offset >> self.header.cluster_bits, _ACTIVE_L2)
+        self.note_metadata(offset >> self.header.cluster_bits, ACTIVE_L2)
 
     def forget_cluster(self, cluster: int) -> None:
         """A cluster became free. Lock held."""
@@ -312,37 +342,8 @@ class Image:
 
     def _metadata_clusters(self) -> dict[int, str]:
         if self._metadata is None:
-            self._metadata = self._find_metadata()
+            self._metadata = find_metadata(self.world, self.file.size)
         return self._metadata
-
-    def _find_metadata(self) -> dict[int, str]:
-        import numpy as np
-
-        world, header = self.world, self.world.header
-        bits = header.cluster_bits
-        found: dict[int, str] = {}
-
-        def note(offset: int, length: int, what: str) -> None:
-            for cluster in range(offset >> bits, (offset + length - 1 >> bits) + 1):
-                found.setdefault(cluster, what)
-
-        note(0, header.cluster_size, "qcow2_header")
-        if header.l1_size:
-            note(header.l1_offset, header.l1_size * 8, "active L1 table")
-        note(header.refcount_table_offset, len(world.refcount_table), "refcount table")
-        if world.snapshots:
-            note(header.snapshots_offset, world.snapshot_table_length, "snapshot table")
-        for entry in world.snapshots:
-            if 0 < entry.l1_size * 8 <= self.file.size:
-                note(entry.l1_offset, entry.l1_size * 8, "inactive L1 table")
-        blocks = np.frombuffer(world.refcount_table, ">u8")
-        for cluster in np.unique(blocks[blocks != 0] >> np.uint64(bits)).tolist():
-            found.setdefault(cluster, "refcount block")
-        tables = (np.frombuffer(world.l1, ">u8") & np.uint64(OFFSET_MASK)) >> np.uint64(bits)
-        clusters, times = np.unique(tables[tables != 0], return_counts=True)
-        for cluster, count in zip(clusters.tolist(), times.tolist(), strict=True):
-            found.setdefault(cluster, _ACTIVE_L2 if count == 1 else "another L2 table")
-        return found
 
     def _mark_corrupt(self, why: str) -> None:
         self.broken = why
@@ -393,7 +394,7 @@ class Image:
         clusters = list(clusters)
         if self._metadata is not None:
             for cluster in clusters:
-                if self._metadata.get(cluster) == _ACTIVE_L2:
+                if self._metadata.get(cluster) == ACTIVE_L2:
                     del self._metadata[cluster]
         self.refcounts.drop(clusters)
 
@@ -478,7 +479,12 @@ class Image:
 
     def _flush(self, deferred: Deferred) -> None:
         """Data first, then the entries that waited for it."""
-        self.file.flush()
+        try:
+            self.file.flush()
+        except BaseException:
+            with self.gate.lock:
+                self.mapping.void_record()
+            raise
         if deferred:
             with self.gate.lock:
                 self.mapping.write_deferred(deferred)
@@ -504,23 +510,29 @@ class Image:
     def close(self) -> None:
         """Give back what is pending, dropped or leased, and flush. Requests have ended.
 
-        Where that fails, it is a leak.
+        Where that fails, it is a leak, and the record of unflushed entries stays for the next open.
         """
-        if self.pending is not None:
-            self.pending.abandon()
-        if self._refcounts is None or self.broken:
+        is_whole = False
+        try:
+            if self.pending is not None:
+                self.pending.abandon()
+            if self.broken:
+                self.file.flush()
+                return
+            self.flush()
+            if self.header.version >= 3 and self.header.autoclear & ~OTHER_AUTOCLEAR:
+                self._announce_record(0)
+            if self._refcounts is not None:
+                with self.gate.lock:
+                    self._refcounts.return_lease()
+                    end = self._refcounts.end_of_used()
+                # Never below what it was: a refcount that is wrong must not cost data.
+                self.file.shrink(max(end, self._size_at_open))
             self.file.flush()
-            return
-        self.flush()
-        with self.gate.lock:
-            self._refcounts.return_lease()
-            end = self._refcounts.end_of_used()
-        # Never below what it was: a refcount that is wrong must not cost data.
-        self.file.shrink(max(end, self._size_at_open))
-        self.file.flush()
-
-
-_ACTIVE_L2 = "active L2 table"
+            is_whole = True
+        finally:
+            if self.mapping.record is not None:
+                self.mapping.record.close(is_whole=is_whole)
 
 
 def _said(error: BaseException) -> str:

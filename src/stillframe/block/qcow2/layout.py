@@ -27,6 +27,8 @@
     L2 entry  63 COPIED │ 62 = 0 │ 55..9 host offset │ 0 reads as zeroes
     L2 entry  62 = 1 compressed │ x..61 further 512-byte sectors │ 0..x-1 host offset, x = 70 - cluster bits
 
+Autoclear bits 32 to 63 are the number of our record of unflushed entries (unflushed.py), or 0.
+
 COPIED promises a refcount of exactly one; it is only accurate in the active tables.
 """
 
@@ -56,6 +58,8 @@ LOADING = 1 << 62
 VERSION_2_LOADING = 0x53460002
 LAZY_REFCOUNTS = 1
 BITMAPS_CONSISTENT = 1
+RECORD_NUMBER_SHIFT = 32
+OTHER_AUTOCLEAR = (1 << RECORD_NUMBER_SHIFT) - 1
 
 EXTENSION_END = 0
 EXTENSION_BACKING_FORMAT = 0xE2792ACA

@@ -6,16 +6,22 @@ What keeps the file whole at a power cut is the order in which entries are writt
             leases clusters durably before it hands them out), for an L1 entry the table is, too; and should the data not
             be, the cluster reads as zeroes, as the guest's bytes did before.
     defer   an entry that replaces content waits until the new cluster's data is durable: else a cut could cost what was
-            flushed long ago. It goes to the file in the next flush; until then the cached table alone holds it.
+            flushed long ago. It goes to the file in the next flush; until then the cached table holds it, and the record in
+            shared memory (unflushed.py), for the case that the process is killed. Of tables that the record speaks of it is
+            told every further change, before the file.
 """
 
 import struct
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from stillframe.block.qcow2.image_file import ImageFile
 from stillframe.block.qcow2.layout import COMPRESSED, COPIED, MAX_OFFSET, OFFSET_MASK, ZERO, Header
 from stillframe.errors import ImageCorrupt
+
+if TYPE_CHECKING:
+    from stillframe.block.qcow2.unflushed import Record
 
 CACHE_BYTES = 32 << 20
 """Bytes of L2 tables kept; of the largest clusters at least two tables."""
@@ -46,6 +52,7 @@ class Mapping:
         self._cache: OrderedDict[int, bytearray] = OrderedDict()
         self._cached_at_most = max(2, CACHE_BYTES // header.cluster_size)
         self._deferred: Deferred = {}
+        self.record: Record | None = None
 
     def table(self, offset: int) -> bytearray:
         """The L2 table at a host offset.
@@ -78,11 +85,15 @@ class Mapping:
         """A cluster is no table any more."""
         self._cache.pop(offset, None)
         self._deferred.pop(offset, None)
+        record = self._record_of(offset, 1)
+        if record is not None:
+            record.forget(offset)
 
     def forget_all(self) -> None:
         """The tables were switched, after all that was deferred had been written."""
         self._cache.clear()
         self._deferred.clear()
+        self._reset_record()
 
     def entries(self, table_offset: int, index: int, count: int) -> tuple[int, ...]:
         """Entries of an L2 table as numbers."""
@@ -96,16 +107,37 @@ class Mapping:
         """
         data = struct.pack(f">{len(entries)}Q", *entries)
         table = self.table(table_offset)
-        self._file.write(table_offset + index * 8, data)
-        table[index * 8 : index * 8 + len(data)] = data
+        place = slice(index * 8, index * 8 + len(data))
+        before = bytes(table[place])
+        record = self._record_of(table_offset, 2 * len(entries))
+        if record is not None:
+            record.append(table_offset, index, before, data)
+        try:
+            self._file.write(table_offset + index * 8, data)
+        except BaseException:
+            if record is not None:
+                record.append(table_offset, index, data, before)
+            raise
+        table[place] = data
         deferred = self._deferred.get(table_offset)
         if deferred is not None:
             for number in range(index, index + len(entries)):
                 deferred.pop(number, None)
 
     def defer(self, table_offset: int, index: int, entries: list[int]) -> None:
-        """Change entries of an L2 table here, and in the file with the next flush."""
-        struct.pack_into(f">{len(entries)}Q", self.table(table_offset), index * 8, *entries)
+        """Change entries of an L2 table here and in the record, and in the file with the next flush.
+
+        :raise IOFailed: they could not be noted; nothing has changed.
+        """
+        table = self.table(table_offset)
+        if self.record is not None:
+            data = struct.pack(f">{len(entries)}Q", *entries)
+            if not self._has_room(len(entries)):
+                # All data is durable by now, so that there is nothing to wait for.
+                self.store(table_offset, index, entries)
+                return
+            self.record.append(table_offset, index, bytes(table[index * 8 : index * 8 + len(data)]), data)
+        struct.pack_into(f">{len(entries)}Q", table, index * 8, *entries)
         deferred = self._deferred.setdefault(table_offset, {})
         deferred.update(zip(range(index, index + len(entries)), entries, strict=True))
 
@@ -113,7 +145,8 @@ class Mapping:
     def has_many_deferred(self) -> bool:
         """Whether a flush of our own is due."""
         return (
-            len(self._deferred) > self._cached_at_most // 2
+            (self.record is not None and self.record.is_half_full)
+            or len(self._deferred) > self._cached_at_most // 2
             or sum(map(len, self._deferred.values())) > DEFERRED_AT_MOST
         )
 
@@ -138,6 +171,35 @@ class Mapping:
                     del present[first + number]
             if not present:
                 del self._deferred[table_offset]
+        self._reset_record()
+
+    def void_record(self) -> None:
+        """A flush has failed: what waited for it is not to be replayed."""
+        if self.record is not None:
+            self.record.void()
+
+    def _reset_record(self) -> None:
+        if self.record is not None and not any(self._deferred.values()):
+            self.record.reset()
+
+    def _has_room(self, count: int) -> bool:
+        """Whether the record takes so many more entries; where it did not, the file holds everything now."""
+        if self.record is None or self.record.has_room(count):
+            return True
+        try:
+            self._file.flush()
+        except BaseException:
+            self.void_record()
+            raise
+        self.write_deferred(self.deferred())
+        return False
+
+    def _record_of(self, table_offset: int, count: int) -> "Record | None":
+        """The record, if it is to be told of changes of this table; there is room for so many."""
+        record = self.record
+        if record is None or not record.covers(table_offset) or not self._has_room(count):
+            return None
+        return record
 
     def runs(self, l1: bytes | bytearray, offset: int, length: int) -> list[Run]:
         """A range of a tree, as runs that lie contiguously, in order, covering it exactly.

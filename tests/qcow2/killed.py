@@ -1,0 +1,139 @@
+"""The death of the process that writes an image, in memory: the file as it stood at some instant, and the record with it."""
+
+import itertools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from block.faults import Flush, ForwardingNode, RecordingNode
+from block.faults import apply as apply_step
+from qcow2.memory import MemoryNode
+from stillframe.block.node import FileIdentity
+from stillframe.block.qcow2 import Qcow2Node
+
+_inodes = itertools.count(1)
+
+
+class IdentifiedNode(MemoryNode):
+    """A file in memory for which there is a record, as there is for a real one."""
+
+    def __init__(self, data: bytes | bytearray, inode: int | None = None) -> None:
+        super().__init__(data)
+        self.inode = next(_inodes) if inode is None else inode
+
+    @property
+    def identity(self) -> FileIdentity:
+        return FileIdentity(1, self.inode, 2)
+
+
+@dataclass(frozen=True)
+class Instant:
+    """What the death of the process leaves: the file's bytes, its inode, and the record's bytes, None for none."""
+
+    image: bytes
+    inode: int
+    record: bytes | None
+
+
+class Shelf:
+    """A shared memory of the tests' own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True)
+
+    def record_of(self, inode: int) -> Path:
+        found = list(self.path.glob(f"stillframe-*/1-{inode:x}.unflushed"))
+        return (
+            found[0] if found else next(self.path.glob("stillframe-*"), self.path) / f"1-{inode:x}.unflushed"
+        )
+
+    def read(self, inode: int) -> bytes | None:
+        """The record's bytes as far as they say something."""
+        path = self.record_of(inode)
+        if not path.exists():
+            return None
+        with path.open("rb") as file:
+            first = file.read(4096)
+            count = int.from_bytes(first[4088:4092], sys.byteorder)
+            return first + file.read(count * 64)
+
+    def write(self, inode: int, data: bytes | None) -> None:
+        """Let a record stand there that nobody holds."""
+        path = self.record_of(inode)
+        path.unlink(missing_ok=True)
+        if data is not None:
+            size = 4096 + (64 << 15)
+            path.touch(mode=0o600)
+            with path.open("r+b") as file:
+                file.truncate(size)
+                file.write(data)
+
+
+class Watched:
+    """An image in memory that can be killed at every change of its file, and at every acknowledgement.
+
+    :ivar instants: all of them, with a number that `mark` had set before.
+    """
+
+    def __init__(self, image: bytes, shelf: Shelf) -> None:
+        self.shelf = shelf
+        self.file = IdentifiedNode(image)
+        self.recording = _WatchedNode(self.file, self)
+        self.instants: list[tuple[int, Instant]] = []
+        self.number = 0
+        self.node = Qcow2Node("node", self.recording)
+
+    def mark(self) -> None:
+        """Something begins or was acknowledged."""
+        self.number += 1
+        self.note()
+
+    def note(self) -> None:
+        self.instants.append(
+            (self.number, Instant(bytes(self.file.data), self.file.inode, self.shelf.read(self.file.inode)))
+        )
+
+
+class _WatchedNode(ForwardingNode):
+    def __init__(self, inner: IdentifiedNode, watched: Watched) -> None:
+        super().__init__(inner)
+        self._watched = watched
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        super().write(offset, data)
+        self._watched.note()
+
+    def discard(self, offset: int, length: int) -> None:
+        super().discard(offset, length)
+        self._watched.note()
+
+    def truncate(self, size: int) -> None:
+        super().truncate(size)
+        self._watched.note()
+
+
+@contextmanager
+def reopened(instant: Instant, shelf: Shelf) -> Iterator[Qcow2Node]:
+    """The image, opened for writing by whoever comes next; closed at the end."""
+    shelf.write(instant.inode, instant.record)
+    node = Qcow2Node("node", IdentifiedNode(instant.image, instant.inode))
+    try:
+        yield node
+    finally:
+        node.close()
+
+
+def killed_while_reopening(instant: Instant, shelf: Shelf) -> Iterator[Instant]:
+    """Who comes next is killed as well, after each change of the file that the opening makes."""
+    shelf.write(instant.inode, instant.record)
+    file = RecordingNode(IdentifiedNode(instant.image, instant.inode))
+    Qcow2Node("node", file)
+    # It ends with the number taken out of the header; the record is there until then.
+    state = bytearray(instant.image)
+    for step in file.log:
+        if not isinstance(step, Flush):
+            apply_step(state, step)
+            yield Instant(bytes(state), instant.inode, instant.record)
