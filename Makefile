@@ -50,6 +50,10 @@ wheel: $(STAMP) ## build the wheel into dist/
 wheel-demo: wheel ## run the demo from the wheel alone, in an empty environment
 	scripts/wheel-demo dist/*.whl
 
+crash: $(STAMP) peers ## 50,000 states in which a crash can leave an image, each opened, checked and compared
+	mkdir -p build/crash
+	PYTHONPATH=tests $(BIN)/python -m qcow2.crash_run --states 50000 --jobs $(JOBS) --folder build/crash $(CRASH_ARGS)
+
 bench: $(STAMP) peers ## figures beside a peer's in the same run
 	mkdir -p build/bench
 	$(BIN)/python bench/startup.py --json build/bench/startup.json
@@ -62,4 +66,4 @@ clean: ## remove what the targets made, not what they fetched
 distclean: clean ## remove what was fetched, too
 	rm -rf .cache
 
-.PHONY: help setup demo peers test hunt lint format guest wheel wheel-demo bench clean distclean
+.PHONY: help setup demo peers test hunt lint format guest wheel wheel-demo crash bench clean distclean

@@ -70,6 +70,7 @@ class ForwardingNode(Node):
 class Write:
     offset: int
     data: bytes
+    file: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,7 @@ class Zeroes:
 
     offset: int
     length: int
+    file: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,56 +88,89 @@ class Punch:
 
     offset: int
     length: int
+    file: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Truncate:
     size: int
+    file: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Flush:
-    """Logged when it has returned."""
+    """Logged when it has returned; it makes durable what was done to its file, and to no other."""
+
+    file: int = 0
 
 
-Step = Write | Zeroes | Punch | Truncate | Flush
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """No change, but a word of whoever drives the nodes: from here on this is true."""
+
+    what: object
+
+
+Change = Write | Zeroes | Punch | Truncate
+Step = Change | Flush | Mark
+
+
+class Log:
+    """What was done to any number of files, in one order.
+
+    :ivar steps: since the beginning; clear it to start anew.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.order = threading.Lock()
+
+    def mark(self, what: object) -> None:
+        """Note a word between two steps."""
+        with self.order:
+            self.steps.append(Mark(what))
 
 
 class RecordingNode(ForwardingNode):
     """Logs every change, in the order of return.
 
-    :ivar log: the steps since the beginning; clear it to start anew.
+    :param journal: where; None for a log of its own. :param file: the number of this file in it.
     """
 
-    def __init__(self, inner: Node) -> None:
+    def __init__(self, inner: Node, journal: Log | None = None, file: int = 0) -> None:
         super().__init__(inner)
-        self.log: list[Step] = []
-        self._order = threading.Lock()
+        self.journal = Log() if journal is None else journal
+        self.file = file
+
+    @property
+    def log(self) -> list[Step]:
+        """The steps of the log, to be read or cleared."""
+        return self.journal.steps
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        with self._order:
+        with self.journal.order:
             super().write(offset, data)
-            self.log.append(Write(offset, bytes(data)))
+            self.log.append(Write(offset, bytes(data), self.file))
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
-        with self._order:
+        with self.journal.order:
             super().write_zeroes(offset, length, unmap=unmap)
-            self.log.append(Zeroes(offset, length))
+            self.log.append(Zeroes(offset, length, self.file))
 
     def discard(self, offset: int, length: int) -> None:
-        with self._order:
+        with self.journal.order:
             super().discard(offset, length)
-            self.log.append(Punch(offset, length))
+            self.log.append(Punch(offset, length, self.file))
 
     def truncate(self, size: int) -> None:
-        with self._order:
+        with self.journal.order:
             super().truncate(size)
-            self.log.append(Truncate(size))
+            self.log.append(Truncate(size, self.file))
 
     def flush(self) -> None:
-        with self._order:
+        with self.journal.order:
             super().flush()
-            self.log.append(Flush())
+            self.log.append(Flush(self.file))
 
 
 def apply(image: bytearray, step: Step) -> None:

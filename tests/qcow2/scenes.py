@@ -1,27 +1,62 @@
-"""One image with a past, and the operations that crash and error tests interrupt.
+"""Images with a past, from which crash and error tests start.
 
-The disk has two snapshots, clusters shared with both, with one and with none, zero clusters, and machine state.
+worn         two snapshots with machine state; clusters shared with both, with one and with none; zero clusters
+compressed   the same, with compressed clusters
+resized      the second snapshot is of a larger disk
+plain        a disk without snapshots, for refcounts too narrow to share
+leaky        a worn image whose user was killed: part of a lease has leaked
+dirty        refcounts were put off (the dirty bit), and have to be rebuilt at the next open for writing
+foreign      autoclear bits are set that are not known here
 """
 
-from collections.abc import Callable
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
-from qcow2.images import named, take
+from qcow2.images import take
 from qcow2.memory import MemoryNode
-from stillframe.block.node import Change, SnapshotRecord
-from stillframe.block.qcow2 import Qcow2Node, create_image
-from stillframe.errors import StillframeError
+from qcow2.worlds import Content
+from stillframe.block.qcow2 import Qcow2Node, create_image, refcounts
+from stillframe.block.qcow2.layout import COMPRESSED, DIRTY, OFFSET_MASK
+from stillframe.block.qcow2.mapping import l1_entry
 
 STATE = bytes(range(256)) * 300
 
 
 @dataclass(frozen=True)
-class Content:
-    """What an image holds: the disk's bytes, and each snapshot's disk and state by name."""
+class Options:
+    """How an image is made.
 
-    disk: bytes
-    snapshots: dict[str, tuple[bytes, bytes]]
+    :param lease: bytes of the first lease, and the largest; 0 for 16 clusters, so that small images see many leases.
+    """
+
+    cluster_size: int = 65536
+    refcount_bits: int = 16
+    compat: str = "1.1"
+    lease: int = 0
+
+    def __str__(self) -> str:
+        version = "v2" if self.compat == "0.10" else "v3"
+        return f"{self.cluster_size}-{self.refcount_bits}-{version}" + ("-lease" if self.lease else "")
+
+    @property
+    def disk_size(self) -> int:
+        """Of the worn disk: not whole clusters, and small enough that all images together stay so."""
+        clusters = {512: 100, 4096: 40}.get(self.cluster_size, 24)
+        return clusters * self.cluster_size + 1024
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Images that are opened in the block lease as these options say."""
+        before = refcounts.FIRST_LEASE_BYTES, refcounts.LARGEST_LEASE_BYTES
+        refcounts.FIRST_LEASE_BYTES = refcounts.LARGEST_LEASE_BYTES = self.lease
+        try:
+            yield
+        finally:
+            refcounts.FIRST_LEASE_BYTES, refcounts.LARGEST_LEASE_BYTES = before
 
 
 @dataclass(frozen=True)
@@ -30,26 +65,6 @@ class Scene:
 
     image: bytes
     content: Content
-
-
-@cache
-def scene(cluster_size: int, refcount_bits: int = 16, compat: str = "1.1") -> Scene:
-    """The image before any operation."""
-    file = MemoryNode()
-    size = 40 * cluster_size + 1024
-    create_image(file, size, cluster_size=cluster_size, refcount_bits=refcount_bits, compat=compat)  # type: ignore[arg-type]
-    node = Qcow2Node("node", file)
-    node.write(0, b"\x11" * (12 * cluster_size + 100))
-    take(node, "first", STATE)
-    node.write(3 * cluster_size - 10, b"\x22" * (4 * cluster_size))
-    node.write_zeroes(8 * cluster_size, cluster_size)
-    node.write(30 * cluster_size, b"\x33" * 700)
-    take(node, "second", STATE[::-1])
-    node.write(5 * cluster_size, b"\x44" * cluster_size)
-    node.flush()
-    content = content_of(node)
-    node.close()
-    return Scene(bytes(file.data), content)
 
 
 def content_of(node: Qcow2Node) -> Content:
@@ -64,79 +79,132 @@ def content_of(node: Qcow2Node) -> Content:
     return Content(node.read(0, node.size), found)
 
 
-def create(node: Qcow2Node) -> None:
-    """A snapshot "third", with state, and writes between freeze and commit."""
-    pending = node.snapshot_store.freeze()
-    try:
-        pending.write_state(0, STATE)
-        cluster = node.image.cluster_size
-        node.write(cluster + 1, b"\x55" * cluster)
-        pending.write_state(len(STATE), b"tail")
-        change = pending.prepare(SnapshotRecord("third", 1, 2))
-    except BaseException:
-        pending.abandon()
-        raise
-    commit(change)
+def _made(options: Options, work: Callable[[Qcow2Node], None], *, close: bool = True) -> Scene:
+    file = MemoryNode()
+    create_image(
+        file,
+        options.disk_size,
+        cluster_size=options.cluster_size,
+        refcount_bits=options.refcount_bits,
+        compat=options.compat,  # type: ignore[arg-type]
+    )
+    return _lived(bytes(file.data), options, work, close=close)
 
 
-def revert(node: Qcow2Node) -> None:
-    """Back to "first"."""
-    commit(node.snapshot_store.prepare_revert(named(node, "first")))
+def _lived(image: bytes, options: Options, work: Callable[[Qcow2Node], None], *, close: bool = True) -> Scene:
+    file = MemoryNode(image)
+    with options.in_force():
+        node = Qcow2Node("node", file)
+        work(node)
+        node.flush()
+        content = content_of(node)
+        if close:
+            node.close()
+    return Scene(bytes(file.data), content)
 
 
-def delete(node: Qcow2Node) -> None:
-    """ "second" goes."""
-    commit(node.snapshot_store.prepare_delete(named(node, "second")))
+@cache
+def worn(options: Options) -> Scene:
+    return _made(options, _wear)
 
 
-def roll_back(node: Qcow2Node) -> None:
-    """Back to "first", and undone."""
-    change = node.snapshot_store.prepare_revert(named(node, "first"))
-    try:
-        change.commit()
-    finally:
-        change.roll_back()
-
-
-def commit(change: Change) -> None:
-    """As a group does: an error at the commit undoes it."""
-    try:
-        change.commit()
-    except StillframeError:
-        change.roll_back()
-        raise
-    change.finish()
-
-
-def guest(node: Qcow2Node) -> None:
-    """What a guest does: writes into every kind of cluster, zeroes, discards, flushes in between."""
+def _wear(node: Qcow2Node) -> None:
     cluster = node.image.cluster_size
-    node.write(0, b"\x66" * 512)
-    node.write(5 * cluster + 512, b"\x77" * 512)
-    node.write(20 * cluster, b"\x88" * (3 * cluster))
-    node.discard(10 * cluster, 2 * cluster)
+    node.write(0, b"\x11" * (12 * cluster + 100))
+    take(node, "first", STATE)
+    node.write(3 * cluster - 10, b"\x22" * (4 * cluster))
+    node.write_zeroes(8 * cluster, cluster)
+    node.write(19 * cluster, b"\x33" * 700)
+    take(node, "second", STATE[::-1])
+    node.write(5 * cluster, b"\x44" * cluster)
+
+
+@cache
+def compressed(options: Options) -> Scene:
+    def work(node: Qcow2Node) -> None:
+        compress(node, 0, 4)
+        _wear(node)
+        compress(node, 14, 3)
+
+    return _made(options, work)
+
+
+def compress(node: Qcow2Node, first: int, count: int) -> None:
+    """Put compressed clusters, of two halves each, where nothing is."""
+    image, cluster = node.image, node.image.cluster_size
+    offset_bits = 70 - image.header.cluster_bits
+    for number in range(first, first + count):
+        packer = zlib.compressobj(9, zlib.DEFLATED, -12)
+        halves = bytes([0x40 + number]) * (cluster // 2) + bytes([0x80 + number]) * (cluster // 2)
+        data = packer.compress(halves) + packer.flush()
+        l1_index, index = divmod(number, image.header.l2_entries)
+        with image.gate.lock:
+            table = image.own_table(l1_index)
+            place = image.refcounts.allocate(1)[0] * cluster + 37
+            sectors = (place + len(data) - 1) // 512 - place // 512
+            image.file.write(place, data)
+            image.mapping.store(table, index, [COMPRESSED | sectors << offset_bits | place])
     node.flush()
-    node.write_zeroes(21 * cluster, cluster)
-    node.write(10 * cluster, b"\x99" * cluster)
-    node.write(8 * cluster + 5, b"\xaa" * 5)
-    node.flush()
 
 
-OPERATIONS: dict[str, Callable[[Qcow2Node], None]] = {
-    "create": create,
-    "revert": revert,
-    "delete": delete,
-    "roll back": roll_back,
-}
+@cache
+def resized(options: Options) -> Scene:
+    def work(node: Qcow2Node) -> None:
+        cluster = node.image.cluster_size
+        node.write(0, b"\x11" * (6 * cluster + 100))
+        take(node, "first", STATE)
+        node.truncate(2 * options.disk_size - 1024)
+        node.write(node.size - 2 * cluster - 700, b"\x21" * (2 * cluster))
+        take(node, "second", STATE[::-1])
+        node.truncate(options.disk_size)
+        node.write(5 * cluster, b"\x44" * cluster)
+
+    return _made(options, work)
 
 
-def after(before: Scene, operation: Callable[[Qcow2Node], None]) -> Content:
-    """What the image holds once an operation has gone well."""
-    node = Qcow2Node("node", MemoryNode(before.image))
-    operation(node)
-    return content_of(node)
+@cache
+def plain(options: Options) -> Scene:
+    def work(node: Qcow2Node) -> None:
+        cluster = node.image.cluster_size
+        node.write(0, b"\x11" * (8 * cluster + 100))
+        node.write_zeroes(5 * cluster, cluster)
+        node.write(19 * cluster, b"\x33" * 700)
+
+    return _made(options, work)
 
 
-def disks_between(start: Scene, outcome: Content) -> list[bytes]:
-    """The disks that may be found when a revert, a delete or a revert undone is interrupted."""
-    return [start.content.disk, outcome.disk, start.content.snapshots["first"][0]]
+@cache
+def leaky(options: Options) -> Scene:
+    def work(node: Qcow2Node) -> None:
+        node.write(15 * node.image.cluster_size, b"\x33")
+
+    return _lived(worn(options).image, options, work, close=False)
+
+
+@cache
+def dirty(options: Options) -> Scene:
+    """Refcounts of data that are too low, as another program's lazy ones are, and one that is too high."""
+    start = worn(options)
+    file = MemoryNode(start.image)
+    image = Qcow2Node("node", file).image
+    table = image.mapping.table(l1_entry(image.world.l1, 0) & OFFSET_MASK)
+    width = image.header.refcount_bits // 8
+    counts = image.refcounts.block_offset(0)
+    for index in (1, 5):
+        host = struct.unpack_from(">Q", table, index * 8)[0] & OFFSET_MASK
+        file.write(counts + host // options.cluster_size * width, bytes(width))
+    file.write(72, DIRTY.to_bytes(8, "big"))
+    return Scene(bytes(file.data), start.content)
+
+
+@cache
+def foreign(options: Options) -> Scene:
+    start = worn(options)
+    image = bytearray(start.image)
+    image[88:96] = (1 << 9 | 1 << 3).to_bytes(8, "big")
+    return Scene(bytes(image), start.content)
+
+
+def scene(cluster_size: int) -> Scene:
+    """The worn image of ordinary options."""
+    return worn(Options(cluster_size))

@@ -72,8 +72,12 @@ def test_a_cancelled_save_leaves_nothing_and_the_guest_running(found: Server, im
     assert found.ask("query-jobs")[0]["error"] == "Operation canceled"
     assert found.tags() == []
     assert found.status() == "running"
-    assert image.stat().st_blocks * 512 < 4 << 20
     assert found.lines.execute("job-cancel", id="j")["class"] == "GenericError"
+    # These nodes ignore discards, as QEMU's do unless told otherwise: what the save had written until then is free
+    # space inside the file, and the close gives it back.
+    found.ask("blockdev-del", node_name="diskfmt0")
+    found.ask("blockdev-del", node_name="disk0")
+    assert image.stat().st_size < 1 << 20
 
 
 def test_a_cancelled_load_leaves_the_guest_as_it_was(found: Server) -> None:

@@ -64,6 +64,11 @@ class ImageFile:
             if size > self.node.size:
                 self.node.truncate(size)
 
+    def grow_ahead(self, size: int) -> None:
+        """`grow` for what is to be written later: a device keeps its size, and refuses the write when it comes."""
+        if size > self.node.size and self.node.driver != "host_device":
+            self.grow(size)
+
     def shrink(self, size: int) -> None:
         """Give back what lies behind `size`, where the storage can be made smaller."""
         with self._growing:

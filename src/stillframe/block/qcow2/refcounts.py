@@ -6,7 +6,7 @@ On disk, at every instant, a refcount is at least the number of references that 
 keep that without a flush for each write:
 
     lease     guest data and L2 tables get clusters out of a lease: refcounts of one, raised in bulk and flushed before the
-              first of them is handed out. What a crash leaves of a lease is a leak.
+              first of them is handed out, with a file long enough to hold them. What a crash leaves of a lease is a leak.
     drop      a reference that was taken out of a table is counted down only after a flush has made that durable, and when
               nobody who looked it up before is still at it (`settle`)
     reserve   clusters that no table in force points to (a pending snapshot's state, tables not yet switched to) are
@@ -258,6 +258,8 @@ class Refcounts:
                         raise
             leased, created = self._raise_to_one(found)
             with image.gate.released():
+                # An entry may reach the disk before the new length of the file does, and must not point past its end.
+                image.file.grow_ahead(max(first + count for first, count in found) << self._bits)
                 image.file.flush()
             if created:
                 # The blocks are durable, and count themselves, before the table points to them.
