@@ -20,17 +20,22 @@ from qcow2.scenes import (
 from qcow2.worlds import Witness, with_disk, with_snapshot, without_snapshot
 from stillframe.block.node import Change, SnapshotRecord
 from stillframe.block.qcow2.repair import repair
-from stillframe.errors import StillframeError
+from stillframe.errors import Failed
+from stillframe.snapshots.group import Step, all_or_none
 
 
-def commit(change: Change) -> None:
-    """As a group does: an error at the commit undoes it."""
-    try:
-        change.commit()
-    except StillframeError:
-        change.roll_back()
-        raise
-    change.finish()
+class ChangedMyMind(Exception):
+    """Somebody is not content with a change that is in force."""
+
+
+class NotBroughtBack(Failed):
+    """And then it could not be undone."""
+
+
+def commit(prepare: Callable[[], Change]) -> None:
+    """As every operation on snapshots is done: by a group, here of one image."""
+    with all_or_none([Step("image", prepare, "Not done")]):
+        pass
 
 
 # A guest.
@@ -150,7 +155,7 @@ def create(witness: Witness) -> None:
         witness.write(2 * cluster, b"\x56" * 700)
         pending.write_state(len(STATE), b"tail")
         with witness.becoming(with_snapshot("third", (frozen, STATE + b"tail"))):
-            commit(pending.prepare(SnapshotRecord("third", 1, 2)))
+            commit(lambda: pending.prepare(SnapshotRecord("third", 1, 2)))
     except BaseException:
         pending.abandon()
         raise
@@ -162,13 +167,17 @@ def create_plain(witness: Witness) -> None:
     """Of the disk alone, and another behind it."""
     for name in ("third", "fourth"):
         witness.write(3 * witness.cluster, name.encode())
-        pending = witness.node.snapshot_store.freeze()
-        try:
-            with witness.becoming(with_snapshot(name, (witness.present(), b""))):
-                commit(pending.prepare(SnapshotRecord(name, 1, 2)))
-        except BaseException:
-            pending.abandon()
-            raise
+        _create(witness, name)
+
+
+def _create(witness: Witness, name: str) -> None:
+    pending = witness.node.snapshot_store.freeze()
+    try:
+        with witness.becoming(with_snapshot(name, (witness.present(), b""))):
+            commit(lambda: pending.prepare(SnapshotRecord(name, 1, 2)))
+    except BaseException:
+        pending.abandon()
+        raise
 
 
 def abandon(witness: Witness) -> None:
@@ -189,42 +198,53 @@ def abandon(witness: Witness) -> None:
 def revert(witness: Witness) -> None:
     """Back to "first", and on from there."""
     witness.write(600, b"\x61" * 300)
-    with witness.becoming(with_disk(witness.snapshot_of("first")[0])):
-        commit(witness.node.snapshot_store.prepare_revert(named(witness.node, "first")))
+    _revert(witness, "first")
     witness.write(600, b"\x62" * 300)
     witness.flush()
 
 
 def revert_to_another_size(witness: Witness) -> None:
     """To "second" of a larger disk, and back to "first"."""
-    for name in ("second", "first"):
-        with witness.becoming(with_disk(witness.snapshot_of(name)[0])):
-            commit(witness.node.snapshot_store.prepare_revert(named(witness.node, name)))
+    _revert(witness, "second")
+    _revert(witness, "first")
+
+
+def _revert(witness: Witness, name: str) -> None:
+    with witness.becoming(with_disk(witness.snapshot_of(name)[0])):
+        commit(lambda: witness.node.snapshot_store.prepare_revert(named(witness.node, name)))
 
 
 def delete(witness: Witness) -> None:
     """ "second" goes, and clusters that were shared with it are the guest's own."""
-    with witness.becoming(without_snapshot("second")):
-        commit(witness.node.snapshot_store.prepare_delete(named(witness.node, "second")))
+    _delete(witness, "second")
     witness.write(4 * witness.cluster, b"\x63" * 300)
     witness.flush()
 
 
 def delete_all(witness: Witness) -> None:
     """The older first; no table of snapshots is left."""
-    for name in ("first", "second"):
-        with witness.becoming(without_snapshot(name)):
-            commit(witness.node.snapshot_store.prepare_delete(named(witness.node, name)))
+    _delete(witness, "first")
+    _delete(witness, "second")
+
+
+def _delete(witness: Witness, name: str) -> None:
+    with witness.becoming(without_snapshot(name)):
+        commit(lambda: witness.node.snapshot_store.prepare_delete(named(witness.node, name)))
 
 
 def roll_back(witness: Witness) -> None:
     """Back to "first", and undone."""
-    change = witness.node.snapshot_store.prepare_revert(named(witness.node, "first"))
+
+    def prepare() -> Change:
+        return witness.node.snapshot_store.prepare_revert(named(witness.node, "first"))
+
     with witness.perhaps(with_disk(witness.snapshot_of("first")[0])):
         try:
-            change.commit()
-        finally:
-            change.roll_back()
+            with all_or_none([Step("image", prepare, "Not done")]):
+                raise ChangedMyMind
+        except ChangedMyMind as error:
+            if hasattr(error, "__notes__"):
+                raise NotBroughtBack(str(error.__notes__)) from error
     witness.write(600, b"\x64" * 300)
     witness.flush()
 

@@ -54,7 +54,9 @@ def all_or_none(steps: Sequence[Step], before_commit: Callable[[], None] = lambd
         while prepared:
             with told(prepared[0][0].failing):
                 prepared[0][1].commit()
-            committed.append(prepared.pop(0))
+            # In both for an instant: to undo a change twice does no harm, and never would.
+            committed.append(prepared[0])
+            del prepared[0]
         yield
     except BaseException as error:
         undo = [(step.node_name, change.roll_back) for step, change in reversed(committed)]

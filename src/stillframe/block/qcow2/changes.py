@@ -39,6 +39,7 @@ from stillframe.block.qcow2.snapshot_table import (
     next_id,
     pack_extra,
 )
+from stillframe.block.qcow2.wholly import wholly
 from stillframe.errors import ImageCorrupt, InUse, InvalidRequest, LimitReached, Unsupported
 
 
@@ -138,34 +139,33 @@ class SwitchChange:
 
     def roll_back(self) -> None:
         """See `Change`; before a commit it is `abandon`, for a second time nothing."""
-        if self._stage is not Stage.COMMITTED:
-            self.abandon()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """See `Change`; for a second time, nothing.
+
+        A commit that was interrupted may have switched all the same: then this is `roll_back`.
+        """
+        if self._stage is Stage.OVER:
             return
-        image = self._image
         try:
-            self._restore()
-            with image.gate.lock:
-                image.forget_tables()
-                for first, count in self._lease:
-                    image.refcounts.give_back(first, count)
+            wholly(self._bring_back)(self._image)
         finally:
             self._over()
         if self._pending is not None:
             self._pending.abandon()
 
-    def abandon(self) -> None:
-        """See `Change`; for a second time, nothing."""
-        if self._stage is not Stage.PREPARED:
-            return
-        image = self._image
-        try:
-            if image.is_in_doubt:
-                # A commit has failed, and putting the old world back, too: perhaps it can be done now.
-                self._restore()
-        finally:
-            self._over()
-        if self._pending is not None:
-            self._pending.abandon()
+    def _bring_back(self, image: Image) -> None:
+        """The old world is in force again."""
+        is_in_force = image.header.pack_world() == self._new.header.pack_world()
+        if is_in_force or image.is_in_doubt:
+            # In doubt: a commit has failed, and putting the old world back, too: perhaps it can be done now.
+            self._restore()
+        if is_in_force:
+            with image.gate.lock:
+                image.forget_tables()
+                for first, count in self._lease:
+                    image.refcounts.give_back(first, count)
 
     def _restore(self) -> None:
         # Where the switch took a word of the mark with it, the way back takes the word before it.

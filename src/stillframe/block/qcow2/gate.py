@@ -190,8 +190,14 @@ class Gate:
             if self._switching is not None:
                 raise InUse("Another change of the image's snapshots is not finished")
             self._switching = threading.get_ident()
-            while self._claims:
-                self.wait()
+            try:
+                while self._claims:
+                    self.wait()
+            except BaseException:
+                # Whoever is interrupted while it waits must not hold all others back for ever.
+                self._switching = None
+                self.tell()
+                raise
 
     def hold_writes(self) -> None:
         """The switch may be undone from here on: no write is admitted, until `let_writes_go` or `end_switch`."""

@@ -45,6 +45,7 @@ from stillframe.block.qcow2.mapping import (
 from stillframe.block.qcow2.marks import Mark
 from stillframe.block.qcow2.metadata import ACTIVE_L2, find_metadata
 from stillframe.block.qcow2.snapshot_table import SnapshotEntry, parse_table
+from stillframe.block.qcow2.wholly import wholly
 from stillframe.errors import ImageCorrupt, InUse, IOFailed, LimitReached, Refused, StillframeError
 
 if TYPE_CHECKING:
@@ -235,10 +236,10 @@ class Image:
         before, was_barred = (self.sector.mark, self.sector.is_barred) if mark else (None, False)
         try:
             self._write_world(new, mark, barred)
+            self.world = new
         except BaseException:
             self.restore_world(old, before, barred=was_barred)
             raise
-        self.world = new
 
     def _with_features(self, world: World) -> World:
         """A world of this image as it would be now: the image may have been marked corrupt since it was built."""
@@ -355,6 +356,7 @@ class Image:
 
     # The active tree.
 
+    @wholly
     def set_l1_entry(self, index: int, entry: int) -> None:
         """Point an active L1 entry elsewhere, in the file and here. Lock held; the table it points to is durable."""
         if self.pending is not None:
@@ -362,6 +364,7 @@ class Image:
         self.file.write(self.header.l1_offset + index * 8, struct.pack(">Q", entry))
         struct.pack_into(">Q", self.world.l1, index * 8, entry)
 
+    @wholly
     def own_table(self, index: int) -> int:
         """The host offset of the L2 table of an L1 entry, made writable: the image's own and not frozen.
 

@@ -408,7 +408,7 @@ class Refcounts:
         """What can be counted down once a flush that begins now has ended; None for nothing."""
         if not self._dropped or not self._image.gate.quiet_since(self._dropped_stamp):
             return None
-        taken = np.frombuffer(self._dropped, np.int64).copy()
+        taken = np.array(self._dropped, np.int64)
         self._dropped = array("q")
         return taken
 

@@ -8,6 +8,7 @@ mapped     claim the guest range; get clusters; write the data and what surround
 from stillframe.block.qcow2.image import Image
 from stillframe.block.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 from stillframe.block.qcow2.mapping import host_clusters, l1_entry, owned
+from stillframe.block.qcow2.wholly import wholly
 
 _JOINED_AT_MOST = 256 << 10
 
@@ -210,6 +211,7 @@ def has_backing_data(image: Image, cluster: int) -> bool:
     return image.backing is not None and cluster << image.header.cluster_bits < image.backing.size
 
 
+@wholly
 def link(
     image: Image, l1_index: int, index: int, old: tuple[int, ...], new: list[int], *, waits: bool
 ) -> None:
@@ -250,6 +252,7 @@ def unmap(image: Image, first: int, last: int, *, keep_place: bool, reads_zero: 
     _flush_if_due(image)
 
 
+@wholly
 def _unmap_in_table(
     image: Image, l1_index: int, index: int, first: int, last: int, keep_place: bool, reads_zero: bool
 ) -> None:
