@@ -23,6 +23,7 @@ class Recipe:
 
     :param clusters: of the disk; cut so that it stays small. :param odd: further sectors.
     :param packed: the compression of what it holds at first; None for an empty one.
+    :param bitmap: whether it has a persistent bitmap, which holds reverts and resizes back.
     :param below: what its backing file is; None for none. :param shift: sectors that one is longer than the disk.
     """
 
@@ -36,6 +37,7 @@ class Recipe:
     shift: int
     lazy_refcounts: bool
     by_qemu: bool
+    bitmap: bool
     seed: int
 
     @property
@@ -77,6 +79,8 @@ class Recipe:
                 compat=self.compat,
                 **options,
             )
+        if self.bitmap:
+            qemu_img("bitmap", "--add", path, "bitmap")
         return path, model
 
     def _words(self, *, packed: bool) -> str:
@@ -151,5 +155,6 @@ def recipes(draw: st.DrawFn) -> Recipe:
         shift=draw(st.sampled_from([0, -3000, -5, 7, 3000])),
         lazy_refcounts=v3 and draw(st.booleans()),
         by_qemu=draw(st.booleans()),
+        bitmap=v3 and not draw(st.integers(0, 5)),
         seed=draw(st.integers(0, 1000)),
     )

@@ -1,4 +1,7 @@
-"""Where the persistent bitmaps of an image lie, so that a check counts them; stillframe neither reads nor keeps them.
+"""The persistent bitmaps of an image: which there are, and where they lie, so that a check counts them.
+
+stillframe does not keep them up to date. Before the disk's content changes for the first time, each is marked as in use, as
+QEMU marks them while it has an image open: what they say is not to be relied on then, and they can be removed.
 
 header extension   bitmaps 4, reserved 4, directory length 8, directory offset 8
 directory entry    table offset 8, table entries 4, flags 4, type 1, granularity 1, name length 2, extra length 4,
@@ -15,6 +18,8 @@ from stillframe.errors import ImageCorrupt
 
 _EXTENSION = struct.Struct(">IIQQ")
 _ENTRY = struct.Struct(">QIIBBHI")
+_FLAGS_AT = 12
+_IN_USE, _AUTO = 1, 2
 _MAX_BITMAPS = 65535
 _MAX_DIRECTORY_BYTES = _MAX_BITMAPS * 1104
 _MAX_TABLE_BYTES = 64 << 20
@@ -47,3 +52,51 @@ def bitmap_ranges(image: Image) -> Iterator[tuple[int, int]]:
         for (word,) in struct.iter_unpack(">Q", image.file.read(table, entries * 8)):
             if word & OFFSET_MASK:
                 yield word & OFFSET_MASK, image.cluster_size
+
+
+def _entries(image: Image) -> Iterator[tuple[int, int, int, str]]:
+    """Of each bitmap: where its entry lies in the file, flags, granularity in bits, name.
+
+    :raise ImageCorrupt: the directory is out of bounds.
+    """
+    _directory, *_ = bitmap_ranges(image)
+    offset, length = _directory
+    directory = image.file.read(offset, length)
+    at = 0
+    while at + _ENTRY.size <= length:
+        _table, _size, flags, _type, granularity, name, extra = _ENTRY.unpack_from(directory, at)
+        start = at + _ENTRY.size + extra
+        yield offset + at, flags, granularity, directory[start : start + name].decode("utf-8", "replace")
+        at += -(-(_ENTRY.size + extra + name) // 8) * 8
+
+
+def bitmaps_json(image: Image) -> list[dict[str, object]]:
+    """The bitmaps as QEMU describes them (Qcow2BitmapInfo of the QAPI schema).
+
+    :raise ImageCorrupt: the directory is out of bounds.
+    """
+    return [
+        {
+            "flags": ["in-use"] * bool(flags & _IN_USE) + ["auto"] * bool(flags & _AUTO),
+            "name": name,
+            "granularity": 1 << granularity if granularity < 64 else 0,
+        }
+        for _, flags, granularity, name in _entries(image)
+    ]
+
+
+def mark_in_use(image: Image) -> None:
+    """Say, durably, that no bitmap is to be relied on. Lock held.
+
+    Where their directory cannot be read, the header's promise that they are consistent is taken back.
+
+    :raise IOFailed: it may not be said.
+    """
+    try:
+        for at, flags, _granularity, _name in _entries(image):
+            if not flags & _IN_USE:
+                image.file.write(at + _FLAGS_AT, struct.pack(">I", flags | _IN_USE))
+    except ImageCorrupt:
+        image.set_features(autoclear=0)
+        return
+    image.file.flush()

@@ -95,6 +95,7 @@ class Image:
         self.broken: str | None = None
         self.is_in_doubt = False
         self.has_bitmaps = False
+        self._bitmaps_say_in_use = False
         self._refcounts: Refcounts | None = None
         self._metadata: dict[int, str] | None = None
         self._unpacked: tuple[int, bytes] | None = None
@@ -164,9 +165,10 @@ class Image:
 
             repair_open(self, "all")
             self.set_features(incompatible=self.header.incompatible & ~DIRTY)
-        if self.header.autoclear:
+        kept = BITMAPS_CONSISTENT if self.has_bitmaps else 0
+        if self.header.autoclear & ~kept:
             # What these bits promise would no longer be true after the first write of a program that does not know it.
-            self.set_features(autoclear=0)
+            self.set_features(autoclear=self.header.autoclear & kept)
 
     def _announce_record(self, number: int) -> bytes:
         """Make the header carry the number of our record, until the image is closed; the world in force. Lock held."""
@@ -297,6 +299,14 @@ class Image:
             raise IOFailed(f"{self.broken}", errno=errno.EIO, remedy="Close the image and open it again.")
         if self.read_only:
             raise Refused("The image is open read-only")
+
+    def note_guest_change(self) -> None:
+        """Before the disk's content changes. Lock held. :raise IOFailed: persistent bitmaps would not know of it."""
+        if self.has_bitmaps and not self._bitmaps_say_in_use:
+            from stillframe.block.qcow2.bitmaps import mark_in_use
+
+            mark_in_use(self)
+            self._bitmaps_say_in_use = True
 
     # Where metadata lies.
 

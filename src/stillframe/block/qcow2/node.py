@@ -183,6 +183,10 @@ class Qcow2Node(Node):
         }
         if header.version >= 3:
             data["lazy-refcounts"] = bool(header.compatible & LAZY_REFCOUNTS)
+        if self._image.has_bitmaps:
+            from stillframe.block.qcow2.bitmaps import bitmaps_json
+
+            data["bitmaps"] = bitmaps_json(self._image)
         data["refcount-bits"] = header.refcount_bits
         if header.version >= 3:
             data["corrupt"] = bool(header.incompatible & CORRUPT)

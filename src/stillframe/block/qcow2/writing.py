@@ -44,6 +44,7 @@ def _write_in_place(image: Image, offset: int, data: memoryview) -> int:
         host, length = _own_run(image, offset, len(data))
         if not length:
             return 0
+        image.note_guest_change()
         bits = image.header.cluster_bits
         first = host >> bits
         image.refuse_overlap(first, (host + length - 1 >> bits) - first + 1)
@@ -99,6 +100,7 @@ def _write_mapped(image: Image, offset: int, data: memoryview) -> int:
     with image.gate.mapping(first, last):
         with image.gate.lock:
             image.refuse_if_broken()
+            image.note_guest_change()
             table = image.own_table(l1_index)
             entries = image.mapping.entries(table, index, last - first + 1)
             for entry in entries:
@@ -276,6 +278,7 @@ def _unmap_in_table(
         old = image.mapping.entries(table, index, count) if table else (0,) * count
         if emptied(old) == list(old):
             return
+        image.note_guest_change()
         table = image.own_table(l1_index)
         old = image.mapping.entries(table, index, count)
         for entry in old:
