@@ -21,7 +21,7 @@ TRANSCRIPTS = DATA.parent / "transcripts"
 L1_AT = 3 << 16
 _DATE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 _FIRST_WORDS = re.compile(
-    r"^(qemu-img: |qemu-io: |stillframe: |Could not open '[^']*': |can't open device [^:]*: |ERROR:? |Repairing |Leaked )+"
+    r"^(stillframe: |qemu-img: |qemu-io: |Could not open '[^']*': |can't open device [^:]*: |ERROR:? |Repairing |Leaked )+"
 )
 
 
@@ -195,7 +195,7 @@ def test_damage_is_met_as_recorded(tmp_path: Path) -> None:
 
 
 def test_operations_leave_the_counts_and_entries_that_were_recorded(tmp_path: Path) -> None:
-    """`revert-copies-tables`: the refcounts of L2 tables differ, those of data do not."""
+    """`snapshots-have-own-tables`: the refcounts of L2 tables differ, those of data do not."""
     path = make(tmp_path / "image.qcow2", 64 << 20)
     first, second, third = 5, 6, 10
     doings: dict[str, Callable[[Any], None]] = {
