@@ -10,8 +10,11 @@ import pytest
 from peers import peer
 from qcow2.crafting import entry, list_snapshots, set_refcount
 from qcow2.images import LONG, assert_clean, checked, delete, make, named, opened, qemu_img, revert, take
+from stillframe.block.file import FileNode
 from stillframe.block.node import Node, SnapshotRecord
 from stillframe.block.qcow2 import refcounts, shadow
+from stillframe.block.qcow2.check import check
+from stillframe.block.qcow2.layout import COMPRESSED, OFFSET_MASK
 from stillframe.block.qcow2.snapshot_table import MAX_TABLE_BYTES
 from stillframe.errors import ImageCorrupt, InvalidRequest, LimitReached
 
@@ -166,6 +169,32 @@ def test_no_host_offset_is_given_out_beyond_the_formats_end(
         node.write(2 << 20, b"z" * 10_000)
     assert path.stat().st_size <= 1 << 20
     assert_clean(path)
+
+
+def test_compressed_data_beyond_the_formats_end_is_followed_by_nobody(tmp_path: Path) -> None:
+    """With clusters of 512 bytes an entry has room for 61 bits of offset."""
+    path = make(tmp_path / "image.qcow2", 1 << 20, cluster_size=512)
+    with opened(path) as node:
+        node.write(0, b"x" * 5000)
+        l2 = int.from_bytes(node.image.world.l1[:8], "big") & OFFSET_MASK
+        node.flush()
+    with path.open("r+b") as file:
+        file.seek(l2)
+        file.write((COMPRESSED | 1 << 60).to_bytes(8, "big"))
+    with opened(path) as node:
+        with pytest.raises(ImageCorrupt, match="lies outside the image file"):
+            node.read(0, 10)
+        with pytest.raises(ImageCorrupt, match="beyond the format's end"):
+            take(node, "impossible")
+        for attempt in (lambda: node.write(0, b"y" * 512), lambda: node.discard(0, 512)):
+            with pytest.raises(ImageCorrupt, match="beyond the format's end"):
+                attempt()
+        assert node.read(512, 4488) == b"x" * 4488
+    with opened(path, read_only=True) as node:
+        assert not node.snapshot_store.snapshots()
+        assert node.read(512, 4488) == b"x" * 4488
+    found, theirs = check(FileNode("file", str(path), read_only=True)).as_qapi(), checked(path)
+    assert (found["corruptions"], found["leaks"]) == (theirs["corruptions"], theirs["leaks"])
 
 
 # Sizes.

@@ -221,11 +221,6 @@ def link(
 
     :param waits: the new clusters' data must be durable first.
     """
-    table = l1_entry(image.world.l1, l1_index) & OFFSET_MASK
-    if waits:
-        image.mapping.defer(table, index, new)
-    else:
-        image.mapping.store(table, index, new)
     bits = image.header.cluster_bits
     pending = image.pending
     dropped: list[int] = []
@@ -235,6 +230,11 @@ def link(
         # What was there at the freeze is the pending snapshot's now.
         if replaced and (pending is None or pending.is_fresh(l1_index, index + number)):
             dropped += host_clusters(entry, bits)
+    table = l1_entry(image.world.l1, l1_index) & OFFSET_MASK
+    if waits:
+        image.mapping.defer(table, index, new)
+    else:
+        image.mapping.store(table, index, new)
     if dropped:
         image.drop(dropped)
 
