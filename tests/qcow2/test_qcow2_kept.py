@@ -43,8 +43,8 @@ OPERATIONS: list[Callable[[Qcow2Node], object]] = [
 ]
 
 
-def repaired(path: Path) -> None:
-    """Once with something to repair."""
+def damaged(path: Path) -> None:
+    """A leak."""
     with opened(path, read_only=True) as node:
         header = node.image.header
     with path.open("r+b") as file:
@@ -52,6 +52,11 @@ def repaired(path: Path) -> None:
         block = int.from_bytes(file.read(8), "big")
         file.seek(block + 500 * header.refcount_bits // 8)
         file.write(b"\1" * (header.refcount_bits // 8))
+
+
+def repaired(path: Path) -> None:
+    """By us, once with something to repair."""
+    damaged(path)
     for what in ("leaks", "all"):
         file_node = FileNode("file", str(path))
         try:
@@ -201,6 +206,21 @@ def test_a_change_of_the_disk_that_bitmaps_do_not_record_is_owned_up_to(
     with opened(path) as node:
         revert(node, "before")
     assert_clean(path)
+
+
+@pytest.mark.usefixtures("every_qemu")
+def test_a_repair_keeps_the_snapshots_of_an_image_with_bitmaps(tmp_path: Path) -> None:
+    """A repair by qemu-img loses them all (repair-keeps-snapshots-beside-bitmaps): should it stop doing so, say so."""
+    path = recorded(tmp_path)
+    repaired(path)
+    with opened(path) as node:
+        assert [each.name for each in node.snapshot_store.snapshots()] == ["before"]
+    assert bitmaps(path) == {"seen": ["auto"], "idle": []}
+    assert_clean(path)
+    damaged(path)
+    qemu_img("check", "-r", "leaks", path)
+    with opened(path, read_only=True) as node:
+        assert not node.snapshot_store.snapshots(), "qemu-img has learnt it: docs/differences.md"
 
 
 def test_a_revert_and_a_resize_are_refused_while_there_are_bitmaps(tmp_path: Path) -> None:

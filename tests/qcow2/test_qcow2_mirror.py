@@ -100,7 +100,7 @@ class Theirs:
         note(f"{program} {' '.join(words)}{': ' + done.stderr if refused else ''}")
         if refused and self.recipe.is_narrow:
             # Where a refcount was too narrow on the way, stock tools leave a mess, and a tool that tidies it.
-            qemu_img("check", "-r", "all", self.path)
+            self.recipe.tidy(self.path)
         return not refused
 
 

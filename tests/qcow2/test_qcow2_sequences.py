@@ -235,7 +235,7 @@ class Sequences(RuleBasedStateMachine):
                 return False
             if not self.recipe.is_narrow:
                 raise
-            qemu_img("check", "-r", "all", self.path)
+            self.recipe.tidy(self.path)
             return False
         return True
 
