@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator
 
 from stillframe.block.qcow2.image import Image
-from stillframe.block.qcow2.layout import EXTENSION_BITMAPS, OFFSET_MASK
+from stillframe.block.qcow2.layout import BITMAPS_CONSISTENT, EXTENSION_BITMAPS, OFFSET_MASK
 from stillframe.errors import ImageCorrupt
 
 _EXTENSION = struct.Struct(">IIQQ")
@@ -59,8 +59,7 @@ def _entries(image: Image) -> Iterator[tuple[int, int, int, str]]:
 
     :raise ImageCorrupt: the directory is out of bounds.
     """
-    _directory, *_ = bitmap_ranges(image)
-    offset, length = _directory
+    offset, length = next(bitmap_ranges(image), (0, 0))
     directory = image.file.read(offset, length)
     at = 0
     while at + _ENTRY.size <= length:
@@ -97,6 +96,6 @@ def mark_in_use(image: Image) -> None:
             if not flags & _IN_USE:
                 image.file.write(at + _FLAGS_AT, struct.pack(">I", flags | _IN_USE))
     except ImageCorrupt:
-        image.set_features(autoclear=0)
+        image.set_features(autoclear=image.header.autoclear & ~BITMAPS_CONSISTENT)
         return
     image.file.flush()
