@@ -97,5 +97,6 @@ def mark_in_use(image: Image) -> None:
                 image.file.write(at + _FLAGS_AT, struct.pack(">I", flags | _IN_USE))
     except ImageCorrupt:
         image.set_features(autoclear=image.header.autoclear & ~BITMAPS_CONSISTENT)
-        return
-    image.file.flush()
+    else:
+        image.file.flush()
+    image.has_current_bitmaps = False

@@ -95,14 +95,14 @@ class Image:
         self.broken: str | None = None
         self.is_in_doubt = False
         self.has_bitmaps = False
-        self._bitmaps_say_in_use = False
+        self.has_current_bitmaps = False
         self._refcounts: Refcounts | None = None
         self._metadata: dict[int, str] | None = None
         self._unpacked: tuple[int, bytes] | None = None
         self._unpacking = threading.Lock()
         self.recovery: Recovery | None = None
         if header.extension(EXTENSION_BITMAPS) and header.autoclear & BITMAPS_CONSISTENT:
-            self.has_bitmaps = True
+            self.has_bitmaps = self.has_current_bitmaps = True
         if not read_only:
             self._open_for_writing(is_repair)
 
@@ -299,14 +299,6 @@ class Image:
             raise IOFailed(f"{self.broken}", errno=errno.EIO, remedy="Close the image and open it again.")
         if self.read_only:
             raise Refused("The image is open read-only")
-
-    def note_guest_change(self) -> None:
-        """Before the disk's content changes. Lock held. :raise IOFailed: persistent bitmaps would not know of it."""
-        if self.has_bitmaps and not self._bitmaps_say_in_use:
-            from stillframe.block.qcow2.bitmaps import mark_in_use
-
-            mark_in_use(self)
-            self._bitmaps_say_in_use = True
 
     # Where metadata lies.
 

@@ -27,6 +27,14 @@ def write(image: Image, offset: int, data: memoryview) -> None:
         _flush_if_due(image)
 
 
+def _note_guest_change(image: Image) -> None:
+    """Before the disk's content changes. Lock held. :raise IOFailed: persistent bitmaps would not know of it."""
+    if image.has_current_bitmaps:
+        from stillframe.block.qcow2.bitmaps import mark_in_use
+
+        mark_in_use(image)
+
+
 def _flush_if_due(image: Image) -> None:
     """Keep what waits for a flush within its bounds."""
     with image.gate.lock:
@@ -44,7 +52,7 @@ def _write_in_place(image: Image, offset: int, data: memoryview) -> int:
         host, length = _own_run(image, offset, len(data))
         if not length:
             return 0
-        image.note_guest_change()
+        _note_guest_change(image)
         bits = image.header.cluster_bits
         first = host >> bits
         image.refuse_overlap(first, (host + length - 1 >> bits) - first + 1)
@@ -100,7 +108,7 @@ def _write_mapped(image: Image, offset: int, data: memoryview) -> int:
     with image.gate.mapping(first, last):
         with image.gate.lock:
             image.refuse_if_broken()
-            image.note_guest_change()
+            _note_guest_change(image)
             table = image.own_table(l1_index)
             entries = image.mapping.entries(table, index, last - first + 1)
             for entry in entries:
@@ -278,7 +286,7 @@ def _unmap_in_table(
         old = image.mapping.entries(table, index, count) if table else (0,) * count
         if emptied(old) == list(old):
             return
-        image.note_guest_change()
+        _note_guest_change(image)
         table = image.own_table(l1_index)
         old = image.mapping.entries(table, index, count)
         for entry in old:
