@@ -14,6 +14,8 @@ import pytest
 
 from snapshots.hosts import qemu_img_check
 from snapshots.servers import SERVERS, Server, qemu_img, qemu_io, server
+from stillframe.machine.machine import Machine
+from stillframe.machine.memory import GuestMemory, MemoryBlock
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "differences.md"
 BOTH = ("diskfmt0", "diskfmt1")
@@ -51,6 +53,35 @@ def test_tag_on_any_node(two: Server) -> None:
     else:
         assert outcome.error is None
         assert (names(two, 0), names(two, 1)) == (["s", "s"], ["s"])
+
+
+def test_saves_while_running(tmp_path: Path) -> None:
+    """RESUME comes before the memory is written here, and a job can be held there; QEMU's is over by then."""
+    for kind in SERVERS[:2]:
+        folder = tmp_path / kind
+        folder.mkdir()
+        qemu_img("create", "-f", "qcow2", folder / "image", "16M")
+
+        def equip(machine: Machine) -> None:
+            block = MemoryBlock.allocate("ram", 0, 64 << 20, is_ram=True)
+            block.view[:] = b"\x5a" * block.size
+            machine.memory = GuestMemory((block,))
+
+        with server(kind, folder, equip=equip) as found:
+            found.add(0, folder / "image")
+            found.send("snapshot-save", job_id="j", tag="s", vmstate="diskfmt0", devices=["diskfmt0"])
+            found.send("job-pause", id="j")
+            if found.is_ours:
+                events = found.until("j", "paused")
+                assert events.index("RESUME") < events.index("j paused")
+                assert found.status() == "running"
+                found.send("job-resume", id="j")
+                found.until("j", "concluded")
+            else:
+                # The pause is asked for when all is over, and refused.
+                while found.lines.message().get("event") != "RESUME":
+                    pass
+                assert found.lines.message().get("data", {}).get("status") != "paused"
 
 
 def test_failed_save_keeps_older(tmp_path: Path) -> None:

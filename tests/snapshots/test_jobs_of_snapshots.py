@@ -2,6 +2,7 @@
 of what was undone."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,6 +62,47 @@ def test_a_save_is_paused_and_goes_on(found: Server) -> None:
     assert "error" not in after
     assert after["current-progress"] == after["total-progress"] == RAM + 1
     assert found.tags() == [("1", "s")]
+
+
+def test_the_guest_runs_on_and_the_snapshot_shows_the_instant(tmp_path: Path, image: Path) -> None:
+    machines: list[Machine] = []
+
+    def equip(machine: Machine) -> None:
+        with_memory(machine)
+        machines.append(machine)
+
+    with server("stillframe", tmp_path, equip=equip) as found:
+        found.add(0, image)
+        view = machines[0].memory.blocks[0].view
+        before = bytes(view)
+        events = paused_save(found)
+        assert [event for event in events if event in ("STOP", "RESUME")] == ["STOP", "RESUME"]
+        assert found.status() == "running"
+        for offset in range(0, RAM, 4096):
+            view[offset : offset + 8] = b"\xee" * 8
+        found.send("job-resume", id="j")
+        found.until("j", "concluded")
+        assert found.status() == "running"
+        assert view[RAM - 4096 : RAM - 4088] == b"\xee" * 8
+        assert found.load("s").error is None
+        assert bytes(view) == before
+
+
+def test_a_save_whose_copy_of_the_memory_dies_fails_and_leaves_nothing(found: Server) -> None:
+    paused_save(found)
+    children = {
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/stat")
+        if path.read_text().rsplit(") ", 1)[1].split()[1] == str(os.getpid())
+    }
+    copies = [pid for pid in children if os.readlink(f"/proc/{pid}/exe") == os.readlink("/proc/self/exe")]
+    assert len(copies) == 1
+    os.kill(copies[0], signal.SIGKILL)
+    found.send("job-resume", id="j")
+    found.until("j", "concluded")
+    assert "the instant of the snapshot is gone" in found.ask("query-jobs")[0]["error"]
+    assert found.tags() == []
+    assert found.status() == "running"
 
 
 def test_a_cancelled_save_leaves_nothing_and_the_guest_running(found: Server, image: Path) -> None:

@@ -46,7 +46,7 @@ def written(
         assert offset == len(out)
         out.extend(data)
 
-    content = [MemoryContent(name, memoryview(data)) for name, data in memory.items()]
+    content = [MemoryContent.of(name, memoryview(data)) for name, data in memory.items()]
     with state_sink(write_at) as sink:
         write_stream(sink, machine, content, sections)
     return bytes(out)

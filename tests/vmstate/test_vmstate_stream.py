@@ -115,7 +115,7 @@ def test_transfers_are_large_and_aligned_and_in_order() -> None:
     seen: list[tuple[int, int]] = []
     memory = np.random.default_rng(3).bytes(9 << 20)
     with state_sink(lambda offset, data: seen.append((offset, len(data)))) as sink:
-        write_stream(sink, "none", [MemoryContent("ram0", memoryview(memory))], [TIMER])
+        write_stream(sink, "none", [MemoryContent.of("ram0", memoryview(memory))], [TIMER])
     assert all(offset % CHUNK == 0 for offset, _ in seen)
     assert all(length == CHUNK for _, length in seen[:-1])
     assert [offset for offset, _ in seen] == [number * CHUNK for number in range(len(seen))]
@@ -131,7 +131,7 @@ def test_writing_ends_at_once_when_it_is_told_to() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), state_sink(lambda offset, data: None) as sink:
-        write_stream(sink, "none", [MemoryContent("ram0", memoryview(bytes(32 << 20)))], [], wrote)
+        write_stream(sink, "none", [MemoryContent.of("ram0", memoryview(bytes(32 << 20)))], [], wrote)
     assert seen == [1 << 20] * 3
 
 

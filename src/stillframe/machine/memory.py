@@ -10,6 +10,7 @@ boundary), or fills the blocks' views and then calls `replaced` (a load): both t
 stale, and `before_write` hears of every range before it changes.
 """
 
+import contextlib
 import ctypes
 import mmap
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 PAGE_SIZE = 4096
 
 _HUGE_PAGE = 2 << 20
+_MADV_HUGEPAGE = 14
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +48,9 @@ class MemoryBlock:
         )
         start = ctypes.addressof(ctypes.c_uint8.from_buffer(mapping))
         offset = -start % _HUGE_PAGE
+        # Fewer page tables: what a fork copies while the guest stands still (frozen.py). A kernel without them ignores it.
+        with contextlib.suppress(OSError):
+            mapping.madvise(_MADV_HUGEPAGE)
         return cls(name, base, size, is_ram, memoryview(mapping)[offset : offset + size], start + offset)
 
 

@@ -1,23 +1,23 @@
 """Saving: the machine of one instant, its disks and its memory, under one name.
 
     1  the disks are flushed while the guest runs
-    2  pause: device states are taken, every node is frozen           the instant that the snapshot shows
-    3  the stream goes to the state node's pending snapshot
+    2  pause: device states are taken, nodes and memory are frozen    the instant that the snapshot shows
+    3  resume; the stream goes to the state node's pending snapshot
     4  every image is prepared; then the switches, members first      the state node's is the commit of the group
-    5  resume
 
-Nothing that was there before is touched by 1 to 3, and whatever fails or is cancelled up to the first switch
-leaves nothing behind. A node keeps its frozen content by itself, so that the pause could end after 2 were
-memory protected against the guest's writes.
+The guest stands still in 2 alone; what it does to memory and disks afterwards belongs to the future. Nothing that was
+there before is touched by 1 to 3, and whatever fails or is cancelled up to the first switch leaves nothing behind.
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from uuid import UUID, uuid4
 
 from stillframe.block.node import GroupMember, Lineage, SnapshotRecord
 from stillframe.errors import Corrupt, IOFailed, LimitReached
+from stillframe.machine.frozen import FrozenMemory
+from stillframe.machine.frozen import frozen as frozen_memory
 from stillframe.machine.machine import Machine
 from stillframe.machine.run_state import RunState
 from stillframe.snapshots.context import Context, told
@@ -52,19 +52,19 @@ def save(
     :return: the UUID of the state node's snapshot, on which the machine stands now.
     :raise Cancelled: nothing is left behind. :raise Failed: storage; nothing is left behind.
     """
-    memory = [MemoryContent(block.name, block.view) for block in machine.memory]
-    total = sum(content.block.length for content in memory) + 1
+    total = sum(block.size for block in machine.memory) + 1
     context.progress(0, total)
     for node in selection.nodes:
         context.checkpoint()
         node.node.flush()
     run_state = machine.run_state
-    with frozen_nodes() as frozen:
+    with frozen_nodes() as frozen, frozen_memory(machine.memory) as memory:
         with machine.hold(RunState.SAVE_VM):
             instant = _take(machine, run_state)
             frozen.freeze(selection.nodes)
-            _write_state(machine, selection.state, frozen, instant, memory, context, total)
-            identity = _commit(selection, frozen, instant, context, parent, description)
+            memory.freeze()
+        _write_state(machine, selection.state, frozen, instant, memory.copy, context, total)
+        identity = _commit(selection, frozen, instant, context, parent, description)
     context.progress(total, total)
     return identity
 
@@ -85,7 +85,7 @@ def _write_state(
     state: SnapshotNode,
     frozen: FrozenNodes,
     instant: Instant,
-    memory: Sequence[MemoryContent],
+    memory: FrozenMemory,
     context: Context,
     total: int,
 ) -> None:
@@ -98,9 +98,12 @@ def _write_state(
         context.checkpoint()
 
     context.checkpoint()
+    content = [
+        MemoryContent(block.name, block.size, partial(memory.readinto, block)) for block in machine.memory
+    ]
     try:
         with state_sink(frozen.state_writer(state.name)) as sink:
-            write_stream(sink, machine.board.name, memory, instant.sections, wrote)
+            write_stream(sink, machine.board.name, content, instant.sections, wrote)
     except (IOFailed, Corrupt, LimitReached):
         with told("Error while writing VM state"):
             raise

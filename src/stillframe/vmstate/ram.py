@@ -124,18 +124,21 @@ class RamWriter:
         for block in blocks:
             self._sink.write(_name(block) + struct.pack(">Q", block.length))
 
-    def pages(self, block: RamBlock, memory: memoryview, wrote: Callable[[int], None]) -> None:
+    def pages(
+        self, block: RamBlock, readinto: Callable[[int, memoryview], None], wrote: Callable[[int], None]
+    ) -> None:
         """Records of a whole block, for the payload of a PART.
 
-        :param memory: the block's bytes.
+        :param readinto: fills a buffer with the block's bytes from an offset on.
         :param wrote: called after each batch with the bytes of memory it covered; raises to end the writing.
         """
-        if block.length == 0:
-            return
-        whole = np.frombuffer(memory, np.uint8).reshape(-1, PAGE_SIZE)
+        buffer = memoryview(bytearray(min(BATCH * PAGE_SIZE, block.length)))
         first = True
-        for start in range(0, len(whole), BATCH):
-            batch = whole[start : start + BATCH]
+        for offset in range(0, block.length, BATCH * PAGE_SIZE):
+            part = buffer[: block.length - offset]
+            readinto(offset, part)
+            batch: Pages = np.frombuffer(part, np.uint8).reshape(-1, PAGE_SIZE)
+            start = offset // PAGE_SIZE
             addresses = (start + np.arange(len(batch), dtype=np.int64)) * PAGE_SIZE
             filled = np.bitwise_or.reduce(batch.view(np.uint64), axis=1) != 0
             if first:
@@ -147,7 +150,7 @@ class RamWriter:
             else:
                 self._data_run(addresses[filled], batch[filled])
                 self._zero_run(addresses[~filled])
-            wrote((min(start + BATCH, len(whole)) - start) * PAGE_SIZE)
+            wrote(len(part))
 
     def end(self) -> None:
         """The end record of a START, PART or END."""

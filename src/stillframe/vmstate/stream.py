@@ -24,15 +24,28 @@ _MAXIMUM_DESCRIPTION = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class MemoryContent:
-    """One block of memory to be written. :param view: its bytes, whole pages."""
+    """One block of memory to be written.
+
+    :param length: bytes, whole pages. :param readinto: fills a buffer with the block's bytes from an offset on.
+    """
 
     name: str
-    view: memoryview
+    length: int
+    readinto: Callable[[int, memoryview], None]
+
+    @classmethod
+    def of(cls, name: str, view: memoryview) -> "MemoryContent":
+        """Bytes that lie in memory."""
+
+        def readinto(offset: int, buffer: memoryview) -> None:
+            buffer[:] = view[offset : offset + len(buffer)]
+
+        return cls(name, len(view), readinto)
 
     @property
     def block(self) -> RamBlock:
         """As the stream lists it."""
-        return RamBlock(self.name, len(self.view))
+        return RamBlock(self.name, self.length)
 
 
 def write_stream(
@@ -59,7 +72,7 @@ def write_stream(
     sink.write(layout.mark(layout.FOOTER, RAM_SECTION_ID))
     sink.write(layout.mark(layout.PART, RAM_SECTION_ID))
     for content, block in zip(memory, blocks, strict=True):
-        ram.pages(block, content.view, wrote)
+        ram.pages(block, content.readinto, wrote)
     ram.end()
     sink.write(layout.mark(layout.FOOTER, RAM_SECTION_ID))
     sink.write(layout.mark(layout.END, RAM_SECTION_ID))
