@@ -7,7 +7,8 @@
              bytes are copied during the pause. `FrozenMemory.how` and `why` say which it was.
 
 Beyond the guest's own memory, forked needs what the guest writes before the copy is closed, copied needs all that is not zero.
-The child holds no descriptor but one end of a pipe, and ends when that closes: with the copy, or with us, however we die.
+The child holds no descriptor but one end of a pipe, and ends when that closes: with the copy, or with us, however we die. That it
+has let go of all others (an image's locks among them) is waited for at the first read, when the guest runs again.
 """
 
 import ctypes
@@ -46,7 +47,7 @@ class FrozenMemory(ABC):
 
     @abstractmethod
     def readinto(self, block: MemoryBlock, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the block's bytes from `offset` on. Any number of threads may read.
+        """Fill `buffer` with the block's bytes from `offset` on; for one thread at a time.
 
         :raise IOFailed: what held the copy is gone.
         """
@@ -71,13 +72,16 @@ class ForkedMemory(FrozenMemory):
     def __init__(self, memory: GuestMemory) -> None:
         self._readv = _process_vm_readv()
         reader, self._writer = os.pipe()
+        self._let_go, held = os.pipe()
         try:
             self._pid = _fork_sleeper(reader)
         except BaseException:
             os.close(self._writer)
+            os.close(self._let_go)
             raise
         finally:
             os.close(reader)
+            os.close(held)
         try:
             probe = memoryview(bytearray(8))
             for block in memory:
@@ -89,6 +93,7 @@ class ForkedMemory(FrozenMemory):
     def readinto(self, block: MemoryBlock, offset: int, buffer: memoryview) -> None:
         if not 0 <= offset <= block.size - len(buffer):
             raise ValueError(f"{len(buffer)} bytes at {offset} lie outside of memory block '{block.name}'")
+        self._wait_until_let_go()
         try:
             self._read(block.host_address + offset, buffer)
         except OSError as error:
@@ -97,6 +102,13 @@ class ForkedMemory(FrozenMemory):
                 errno=error.errno or errno.EIO,
                 remedy="See whether the host ran out of memory (dmesg), then save again.",
             ) from error
+
+    def _wait_until_let_go(self) -> None:
+        """Ends with the child's closing of what it inherited, or with its death."""
+        if self._let_go >= 0:
+            os.read(self._let_go, 1)
+            os.close(self._let_go)
+            self._let_go = -1
 
     def _read(self, address: int, buffer: memoryview) -> None:
         done = 0
@@ -112,6 +124,7 @@ class ForkedMemory(FrozenMemory):
     def close(self) -> None:
         if self._writer < 0:
             return
+        self._wait_until_let_go()
         os.close(self._writer)
         self._writer = -1
         os.waitpid(self._pid, 0)
