@@ -51,14 +51,23 @@ class Server:
         name."""
         names: list[str] = []
         while self._unanswered or f"{job} {state}" not in names:
-            found = self.lines.message()
-            assert "error" not in found, found
-            self._unanswered -= "return" in found
-            if found.get("event") == "JOB_STATUS_CHANGE":
-                names.append(f"{found['data']['id']} {found['data']['status']}")
-            elif "event" in found:
-                names.append(found["event"])
+            names += self._next()
         return names
+
+    def until_event(self, name: str) -> list[str]:
+        """All events up to this one, as above; what was sent may still be unanswered."""
+        names: list[str] = []
+        while name not in names:
+            names += self._next()
+        return names
+
+    def _next(self) -> list[str]:
+        found = self.lines.message()
+        assert "error" not in found, found
+        self._unanswered -= "return" in found
+        if found.get("event") == "JOB_STATUS_CHANGE":
+            return [f"{found['data']['id']} {found['data']['status']}"]
+        return [found["event"]] if "event" in found else []
 
     def job(self, command: str, **arguments: Any) -> Outcome:
         """Run a job to its end, and dismiss it."""

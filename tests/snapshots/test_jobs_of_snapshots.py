@@ -45,8 +45,9 @@ NODE = {"vmstate": "diskfmt0", "devices": ["diskfmt0"]}
 def paused_save(found: Server, job: str = "j", tag: str = "s") -> list[str]:
     """A save held somewhere in the middle of the memory."""
     found.send("snapshot-save", job_id=job, tag=tag, **NODE)
+    events = found.until_event("RESUME")
     found.send("job-pause", id=job)
-    return found.until(job, "paused")
+    return events + found.until(job, "paused")
 
 
 def test_a_save_is_paused_and_goes_on(found: Server) -> None:
