@@ -122,7 +122,6 @@ def test_what_is_not_done_may_be_given_its_default() -> None:
         {"l2-cache-size": 1 << 20},
         {"cache-clean-interval": 0},
         {"encrypt": {"format": "luks"}},
-        {"data-file": "other"},
     ],
 )
 def test_qcow2_options_that_are_not_done_are_refused_by_name(option: dict[str, object]) -> None:

@@ -251,13 +251,6 @@ def test_extended_l2_entries_are_refused_by_name(tmp_path: Path) -> None:
         pass
 
 
-def test_an_external_data_file_is_refused_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "image.qcow2"
-    qemu_img("create", "-f", "qcow2", "-o", f"data_file={tmp_path / 'data.raw'}", path, "1M")
-    with pytest.raises(Unsupported, match="external data file"), opened(path, read_only=True):
-        pass
-
-
 @pytest.mark.parametrize(("method", "name"), [(1, "AES"), (2, "LUKS")])
 def test_encryption_is_refused_by_name(method: int, name: str, tmp_path: Path) -> None:
     path = make(tmp_path / "image.qcow2", 1 << 20)

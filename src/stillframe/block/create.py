@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from stillframe.block.file import FileNode, remove_file
+from stillframe.block.file import FileNode, remove_file, same_file
 from stillframe.errors import AlreadyExists, InvalidRequest
 
 MAX_SIZE = (1 << 63) - 512
@@ -34,14 +34,25 @@ def create_qcow2(
 ) -> None:
     """An empty qcow2 image.
 
-    :param size: of the disk, bytes. :param options: keyword arguments of `stillframe.block.qcow2.create_image`.
+    :param size: of the disk, bytes.
+    :param options: keyword arguments of `stillframe.block.qcow2.create_image`; a data file is made, too, of the name that
+        `data_file` gives, which starts at the image's own directory.
     :raise InvalidRequest: an option out of its bounds. Else as `create_raw`.
     """
+    from stillframe.block.opening import full_backing_name
     from stillframe.block.qcow2 import create_image
 
     _refuse_size(size)
-    with _new_file(filename, replace) as file:
-        create_image(file, size, **(options or {}))
+    options = dict(options or {})
+    data_file = options.get("data_file")
+    with ExitStack() as files:
+        file = files.enter_context(_new_file(filename, replace))
+        if data_file is not None:
+            path = full_backing_name(filename, data_file)
+            if same_file(filename, path):
+                raise InvalidRequest("The data file cannot be the image itself")
+            options["data"] = files.enter_context(_new_file(path, replace))
+        create_image(file, size, **options)
 
 
 def _refuse_size(size: int) -> None:

@@ -150,8 +150,9 @@ def _options_json(node: Node, graph: BlockGraph) -> dict[str, Any]:
     # These say how a node is used, not what it is.
     shown.pop("latency-ns", None)
     shown.pop("locking", None)
-    if "file" in node.children:
-        shown["file"] = _options_json(node.children["file"], graph)
+    for role in ("file", "data-file"):
+        if role in node.children:
+            shown[role] = _options_json(node.children[role], graph)
     if _is_backing_overridden(node, graph):
         backing = node.children.get("backing")
         shown["backing"] = _options_json(backing, graph) if backing else None

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stillframe.block.file import FileNode, same_file
 from stillframe.block.node import Node
@@ -17,7 +17,10 @@ from stillframe.block.options import NodeOptions, parse_json_options, read_optio
 from stillframe.block.permissions import UNUSED
 from stillframe.block.raw import RawNode
 from stillframe.block.structure import Edge, Entry, Structure
-from stillframe.errors import InvalidRequest, StillframeError, Unsupported
+from stillframe.errors import InvalidRequest, Refused, StillframeError, Unsupported
+
+if TYPE_CHECKING:
+    from stillframe.block.qcow2.layout import Header
 
 MAX_CHAIN = 200
 """Images in one backing chain, at most."""
@@ -53,15 +56,42 @@ def probe_format(file: Node) -> str:
     return "qcow2" if file.read(0, min(4, file.size)) == _QCOW2_MAGIC else "raw"
 
 
-def read_backing(file: Node) -> tuple[str, str | None] | None:
-    """The name and the driver that a qcow2 image records of what lies below it; None where it names nothing.
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What a qcow2 image says of the files that belong to it.
+
+    :param backing: the name and the driver that it records of what lies below it; None where it names nothing.
+    :param has_data_file: whether guest data has a file of its own. :param data_file: its name, where one is recorded.
+    """
+
+    backing: tuple[str, str | None] | None
+    has_data_file: bool
+    data_file: str | None
+
+
+def read_names(file: Node) -> Named:
+    """What an image names.
 
     :raise InvalidRequest: it is not qcow2. :raise Unsupported: a feature, by name. :raise ImageCorrupt: out
         of bounds.
     """
-    from stillframe.block.qcow2.layout import EXTENSION_BACKING_FORMAT, MAX_CLUSTER_BITS, parse_header
+    from stillframe.block.qcow2.layout import EXTENSION_DATA_FILE, MAX_CLUSTER_BITS, parse_header
 
     header = parse_header(file.read(0, min(file.size, 1 << MAX_CLUSTER_BITS)))
+    data_file = header.extension(EXTENSION_DATA_FILE)
+    return Named(
+        _backing_of(header), header.has_data_file, os.fsdecode(data_file) if data_file is not None else None
+    )
+
+
+def read_backing(file: Node) -> tuple[str, str | None] | None:
+    """`read_names(file).backing`."""
+    return read_names(file).backing
+
+
+def _backing_of(header: "Header") -> tuple[str, str | None] | None:
+    from stillframe.block.qcow2.layout import EXTENSION_BACKING_FORMAT
+
     if not header.backing_name:
         return None
     kind = header.extension(EXTENSION_BACKING_FORMAT)
@@ -172,9 +202,16 @@ def _open_format(structure: Structure, entry: Entry, settled: _Inherited, above:
         return
     from stillframe.block.qcow2 import Qcow2Node
 
-    backing = _open_backing(structure, entry, settled, bytes_below, above)
+    named = read_names(bytes_below)
+    data = _open_data_file(structure, entry, settled, bytes_below, named, above)
+    backing = _open_backing(structure, entry, settled, bytes_below, named.backing, above)
     entry.node = Qcow2Node(
-        entry.name, bytes_below, backing=backing, read_only=entry.read_only, discard=settled.discard
+        entry.name,
+        bytes_below,
+        backing=backing,
+        data=data,
+        read_only=entry.read_only,
+        discard=settled.discard,
     )
 
 
@@ -189,10 +226,66 @@ def _child(
     return _open(structure, asked, inherited, owned=False, above=above)
 
 
-def _open_backing(
-    structure: Structure, entry: Entry, settled: _Inherited, file: Node, above: tuple[str, ...]
+def _open_data_file(
+    structure: Structure,
+    entry: Entry,
+    settled: _Inherited,
+    file: Node,
+    named: Named,
+    above: tuple[str, ...],
 ) -> Node | None:
-    named = read_backing(file)
+    """The file with the guest's bytes: the one that was asked for, else the one that the image names."""
+    if not named.has_data_file and "data-file" in entry.options.children:
+        raise InvalidRequest("'data-file' can only be set for images with an external data file")
+    if not named.has_data_file:
+        return None
+    below = replace(settled, discard=True)
+    bottom = protocol_file(file)
+    above = (*above, bottom.filename) if bottom else above
+    data = _child(structure, entry, "data-file", below, above)
+    if data is None:
+        if named.data_file is None:
+            raise InvalidRequest(
+                "'data-file' is required for this image", remedy="Name it by the option data-file."
+            )
+        options = data_file_options(bottom.filename if bottom else "", named.data_file, settled.read_only)
+        data = _open(structure, options, below, owned=False, above=above)
+    structure.connect(Edge(data, "data-file", parent=entry))
+    return _node_of(data)
+
+
+def data_file_options(image: str, name: str, read_only: bool) -> NodeOptions:
+    """An image's word for the file with its guest's bytes: a plain file, and to be written only beside the image.
+
+    A guest can write any bytes there, so that the image of a stranger must not choose whose file that is.
+
+    :raise Unsupported: anything but the path of a file. :raise Refused: to be written, and elsewhere.
+    """
+    if name.startswith("json:") or _PROTOCOL.match(name.removeprefix("file:")):
+        raise Unsupported(
+            f"The image names '{name}' as its data file, which is not a file's path",
+            remedy="Name the data file by the option data-file.",
+        )
+    path = full_backing_name(image, name.removeprefix("file:"))
+    if not read_only:
+        home = os.path.realpath(os.path.dirname(image) or ".")
+        real = os.path.realpath(path)
+        if os.path.commonpath((home, real)) != home or (os.path.exists(real) and not os.path.isfile(real)):
+            raise Refused(
+                f"The image names '{path}' as its data file, which is no file in the image's own directory",
+                remedy="If it is the right one, name it by the option data-file.",
+            )
+    return NodeOptions("file", settings={"filename": path})
+
+
+def _open_backing(
+    structure: Structure,
+    entry: Entry,
+    settled: _Inherited,
+    file: Node,
+    named: tuple[str, str | None] | None,
+    above: tuple[str, ...],
+) -> Node | None:
     overridden = "backing" in entry.options.children
     if overridden and entry.options.children["backing"] in (None, ""):
         return None

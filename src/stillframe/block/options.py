@@ -328,10 +328,11 @@ def _read_qcow2(options: _Object) -> _Own:
             options.unsupported(member, options.integer(member), None)
     if options.has("cache-clean-interval"):
         options.unsupported("cache-clean-interval", options.integer("cache-clean-interval"), 600)
-    for member in ("encrypt", "data-file"):
-        if options.has(member):
-            options.take(member)
-            options.unsupported(member, "...", None)
+    if options.has("encrypt"):
+        options.take("encrypt")
+        options.unsupported("encrypt", "...", None)
+    if options.has("data-file"):
+        children["data-file"] = options.child("data-file")
     return {}, children
 
 

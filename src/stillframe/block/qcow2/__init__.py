@@ -2,7 +2,8 @@
 
 layout, snapshot_table, lineage, widths   the bytes: header, snapshot table, our record, refcounts
 image_file, gate, image                   an open image: its file, its lock and who uses it, its tables in force
-mapping, refcounts, compression           where a disk's bytes lie, which clusters are free
+mapping, l2_entry, refcounts              where a disk's bytes lie, which clusters are free
+reading, compression                      what lies there, as bytes
 writing, resize, create                   what changes the active tree
 pending, shadow, changes, snapshots       what changes the list of snapshots: frozen, prepared, switched
 check, repair, bitmaps                    whether the tables agree, and how they are made to

@@ -354,10 +354,7 @@ def own_again(shadow: Shadow, active: Entries) -> Entries:
     offsets = active & U_OFFSET
     for which, tables in read_tables(shadow.image, offsets[used]):
         indices = used[which]
-        plain = ((tables & U_OFFSET) != 0) & ((tables & U_COMPRESSED) == 0)
-        hosts = (tables[plain] & U_OFFSET).astype(np.int64) >> bits
-        right = _without_copied(tables)
-        right[plain] |= np.where(shadow.counts_of(hosts) == 1, U_COPIED, np.uint64(0))
+        right = _with_copied(shadow, tables)
         changed = (right != tables).any(axis=1)
         same = indices[~changed]
         counts = shadow.counts_of(offsets[same].astype(np.int64) >> bits)
@@ -366,6 +363,19 @@ def own_again(shadow: Shadow, active: Entries) -> Entries:
             shadow.add(offsets[indices[changed]].astype(np.int64) >> bits, -1)
             new[indices[changed]] = shadow.place_tables(right[changed]) | U_COPIED
     return new
+
+
+def _with_copied(shadow: Shadow, tables: Entries) -> Entries:
+    """L2 tables with COPIED wherever, and only where, the new world's refcount is one."""
+    header = shadow.image.header
+    if header.has_data_file:
+        # Nothing counts the clusters of a data file: what has a place there has COPIED.
+        return tables
+    plain = ((tables & U_OFFSET) != 0) & ((tables & U_COMPRESSED) == 0)
+    hosts = (tables[plain] & U_OFFSET).astype(np.int64) >> header.cluster_bits
+    right = _without_copied(tables)
+    right[plain] |= np.where(shadow.counts_of(hosts) == 1, U_COPIED, np.uint64(0))
+    return right
 
 
 def _release_tree(shadow: Shadow, l1: Entries) -> None:

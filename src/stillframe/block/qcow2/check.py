@@ -232,6 +232,13 @@ class Walk:
             self.result.corrupt(
                 f"offset={offset:x}: Cluster is not properly aligned; L2 entry corrupted.", count
             )
+        if self._header.has_data_file:
+            # Nothing counts the clusters of a data file, and it holds no compressed ones.
+            for word, count in zip(tables[packed].tolist(), weights[packed].tolist(), strict=True):
+                self.result.corrupt(
+                    f"compressed cluster in an image with a data file: l2_entry={word:x}", count
+                )
+            return
         self._count((hosts[plain] >> np.uint64(self._bits)).astype(np.int64), weights[plain])
         # An unaligned cluster lies in two.
         self._count((hosts[wrong] >> np.uint64(self._bits)).astype(np.int64) + 1, weights[wrong])
@@ -310,11 +317,16 @@ class Walk:
         size = self._header.cluster_size
         packed = int(((table & U_COMPRESSED) != 0).sum())
         result.compressed_clusters += packed
-        plain = table[((table & U_COMPRESSED) == 0) & ((table & U_OFFSET) != 0)]
+        has_place = (table & U_OFFSET) != 0
+        if self._header.has_data_file:
+            # There, COPIED makes even offset 0 a place.
+            has_place |= (table & U_COPIED) != 0
+        plain = table[((table & U_COMPRESSED) == 0) & has_place]
         hosts = (plain & U_OFFSET).astype(np.int64)
         result.allocated_clusters += packed + len(plain)
         result.fragmented_clusters += packed + int((np.diff(hosts) != size).sum())
-        counts = self.refcounts_of(hosts >> self._bits)
+        is_counted = not self._header.has_data_file
+        counts = self.refcounts_of(hosts >> self._bits) if is_counted else np.ones(len(hosts), np.int64)
         wrong: npt.NDArray[np.bool_] = (counts == 1) != ((plain & U_COPIED) != 0)
         for word, count in zip(plain[wrong].tolist(), counts[wrong].tolist(), strict=True):
             result.corrupt(f"OFLAG_COPIED data cluster: l2_entry={word:x} refcount={count}")

@@ -4,13 +4,19 @@ from typing import Literal
 
 from stillframe.block.node import Node
 from stillframe.block.qcow2.image_file import ImageFile
+from stillframe.block.qcow2.l2_entry import L2Format
 from stillframe.block.qcow2.layout import (
+    COPIED,
+    DATA_FILE,
     EXTENSION_BACKING_FORMAT,
+    EXTENSION_DATA_FILE,
     EXTENSION_FEATURE_NAMES,
     LAZY_REFCOUNTS,
     MAX_CLUSTER_BITS,
     MAX_L1_BYTES,
+    MAX_REFCOUNT_TABLE_BYTES,
     MIN_CLUSTER_BITS,
+    RAW_DATA_FILE,
     Header,
     feature_names,
     pack_header,
@@ -30,10 +36,15 @@ def create_image(
     backing_file: str | None = None,
     backing_format: str | None = None,
     lazy_refcounts: bool = False,
+    data: Node | None = None,
+    data_file: str | None = None,
+    data_file_raw: bool = False,
 ) -> None:
     """Make a node hold an empty image; what it held is lost. Everything is durable at the return.
 
     :param file: open and writable; made as long as the image's tables.
+    :param data: open and writable, empty: where guest data is to lie; made as long as the disk.
+    :param data_file: its name, to be recorded. :param data_file_raw: it is to be the disk as a raw image at all times.
     :param size: of the disk, in bytes; rounded up to a multiple of 512.
     :param cluster_size: a power of two from 512 to 2 MiB. :param refcount_bits: a power of two from 1 to 64.
     :param backing_file: the name to record; it is not opened. :param backing_format: the driver to record with it.
@@ -55,6 +66,16 @@ def create_image(
         raise InvalidRequest(
             "Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)"
         )
+    if data_file_raw and data_file is None:
+        raise InvalidRequest("data-file-raw requires data-file")
+    if data_file_raw and backing_file is not None:
+        raise InvalidRequest("Backing file and data-file-raw cannot be used at the same time")
+    if data_file is not None and compat == "0.10":
+        raise InvalidRequest(
+            "External data files are only supported with compatibility level 1.1 and above (use version=v3 or greater)"
+        )
+    if (data is None) != (data_file is None):
+        raise InvalidRequest("A data file and its name go together")
     if backing_format is not None and backing_file is None:
         raise InvalidRequest("Backing format cannot be used without backing file")
     size = -(-size // 512) * 512
@@ -63,6 +84,8 @@ def create_image(
     extensions: list[tuple[int, bytes]] = []
     if backing_format is not None:
         extensions.append((EXTENSION_BACKING_FORMAT, backing_format.encode()))
+    if data_file is not None:
+        extensions.append((EXTENSION_DATA_FILE, data_file.encode("utf-8", "surrogateescape")))
     if compat == "1.1" and cluster_size >= 4096:
         extensions.append((EXTENSION_FEATURE_NAMES, feature_names()))
     header = Header(
@@ -73,16 +96,24 @@ def create_image(
         l1_offset=0,
         refcount_table_offset=cluster_size,
         refcount_table_clusters=1,
+        incompatible=DATA_FILE if data_file is not None else 0,
         compatible=LAZY_REFCOUNTS if lazy_refcounts else 0,
+        autoclear=RAW_DATA_FILE if data_file_raw else 0,
         refcount_order=order,
         extensions=tuple(extensions),
         backing_name=(backing_file or "").encode("utf-8", "surrogateescape"),
     )
+    if data is not None:
+        data.truncate(size)
+        data.flush()
     _write_tables(ImageFile(file), header)
 
 
 def _write_tables(file: ImageFile, empty: Header) -> None:
-    """Header, refcount table, refcount blocks, L1, in this order; the header last, when the others are durable."""
+    """Header, refcount table, refcount blocks, L1, L2, in this order; the header last, when the others are durable.
+
+    There are L2 tables from the start where the data file is raw: whoever fills that file himself finds the bytes in the image.
+    """
     from dataclasses import replace
 
     size, per_block = empty.cluster_size, empty.refcounts_in_block
@@ -92,13 +123,18 @@ def _write_tables(file: ImageFile, empty: Header) -> None:
             "Image size is too large for this cluster size", remedy="Choose larger clusters."
         )
     l1_clusters = empty.clusters_for(l1_size * 8)
+    l2_clusters = l1_size if empty.is_data_file_raw else 0
     blocks = table = 1
     while True:
-        used = 1 + table + blocks + l1_clusters
+        used = 1 + table + blocks + l1_clusters + l2_clusters
         wanted = -(-used // per_block), empty.clusters_for(-(-used // per_block) * 8)
         if wanted == (blocks, table):
             break
         blocks, table = wanted
+    if table * size > MAX_REFCOUNT_TABLE_BYTES:
+        raise InvalidRequest(
+            "Image size is too large for this cluster size", remedy="Choose larger clusters."
+        )
     first_block = 1 + table
     header = replace(
         empty,
@@ -113,10 +149,31 @@ def _write_tables(file: ImageFile, empty: Header) -> None:
     entries = b"".join(((first_block + n) * size).to_bytes(8, "big") for n in range(blocks))
     file.write(size, entries.ljust(table * size, b"\0"))
     file.write(first_block * size, _refcounts_of_one(used, blocks * size, empty.refcount_bits))
-    file.write(header.l1_offset, bytes(l1_clusters * size))
+    file.write(header.l1_offset, _l1(header, l1_clusters).ljust(l1_clusters * size, b"\0"))
+    if header.is_data_file_raw:
+        _write_l2_tables(file, header, header.l1_offset + l1_clusters * size)
     file.flush()
     file.write(0, first.ljust(size, b"\0"))
     file.flush()
+
+
+def _l1(header: Header, l1_clusters: int) -> bytes:
+    if not header.is_data_file_raw:
+        return b""
+    start = header.l1_offset + l1_clusters * header.cluster_size
+    return b"".join(
+        (start + number * header.cluster_size | COPIED).to_bytes(8, "big") for number in range(header.l1_size)
+    )
+
+
+def _write_l2_tables(file: ImageFile, header: Header, start: int) -> None:
+    """Tables in which every cluster of the disk lies at its own offset of the data file."""
+    l2 = L2Format(header)
+    clusters = header.clusters_for(header.size)
+    for number in range(header.l1_size):
+        here = range(number * header.l2_entries, min(clusters, (number + 1) * header.l2_entries))
+        entries = l2.pack([l2.own(cluster << header.cluster_bits, l2.every, 0) for cluster in here])
+        file.write(start + number * header.cluster_size, entries)
 
 
 def _refcounts_of_one(count: int, length: int, bits: int) -> bytes:

@@ -7,13 +7,11 @@ that mapping.py and refcounts.py state.
 
 import contextlib
 import struct
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from stillframe.block.node import Node
-from stillframe.block.qcow2.compression import decompress
 from stillframe.block.qcow2.first_sector import FirstSector
 from stillframe.block.qcow2.gate import Gate
 from stillframe.block.qcow2.image_file import ImageFile
@@ -28,32 +26,36 @@ from stillframe.block.qcow2.layout import (
     MIN_CLUSTER_BITS,
     OFFSET_MASK,
     OTHER_AUTOCLEAR,
+    RAW_DATA_FILE,
     RECORD_NUMBER_SHIFT,
     Header,
     parse_header,
 )
 from stillframe.block.qcow2.mapping import (
-    DATA,
-    PACKED,
-    UNALLOCATED,
     Deferred,
     Mapping,
-    Run,
     l1_entry,
-    packed_place,
 )
 from stillframe.block.qcow2.marks import Mark
 from stillframe.block.qcow2.metadata import ACTIVE_L2, find_metadata
+from stillframe.block.qcow2.reading import RunReader
 from stillframe.block.qcow2.snapshot_table import SnapshotEntry, parse_table
 from stillframe.block.qcow2.wholly import wholly
-from stillframe.errors import ImageCorrupt, InUse, IOFailed, LimitReached, Refused, StillframeError
+from stillframe.errors import (
+    ImageCorrupt,
+    InUse,
+    InvalidRequest,
+    IOFailed,
+    LimitReached,
+    Refused,
+    StillframeError,
+)
 
 if TYPE_CHECKING:
     from stillframe.block.qcow2.pending import Pending
     from stillframe.block.qcow2.refcounts import Refcounts
     from stillframe.block.qcow2.replay import Recovery
-
-_ZEROES = bytes(1 << 20)
+    from stillframe.block.qcow2.widths import Clusters
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +76,20 @@ class Image:
     """What the parts of the driver share. See `Gate` for who may call what when.
 
     :param file: the child with the image's bytes. :param backing: what lies below, None for zeroes.
+    :param data: the child with the guest's bytes, where the header says that it has one; None to look at tables alone.
     :param is_repair: opened to be repaired: marks of damage neither refuse it nor are acted on.
     :raise InvalidRequest: not qcow2. :raise Unsupported: a feature, by name. :raise ImageCorrupt: out of bounds.
     """
 
-    def __init__(self, file: Node, backing: Node | None, *, read_only: bool, is_repair: bool = False) -> None:
+    def __init__(
+        self,
+        file: Node,
+        backing: Node | None,
+        *,
+        data: Node | None = None,
+        read_only: bool,
+        is_repair: bool = False,
+    ) -> None:
         self.file = ImageFile(file)
         self.backing = backing
         self.read_only = read_only
@@ -90,7 +101,12 @@ class Image:
         self.world = self.tables_of(replace(header, incompatible=header.incompatible & ~LOADING))
         self.found_mark = self.sector.mark
         self._mark_failure: str | None = None
+        if data is not None and not header.has_data_file:
+            raise InvalidRequest("'data-file' can only be set for images with an external data file")
+        self._data = ImageFile(data) if data else None if header.has_data_file else self.file
+        self.reader = RunReader(self.file, self._data, header)
         self.mapping = Mapping(self.file, self.world.header)
+        self.l2 = self.mapping.l2
         self.pending: Pending | None = None
         self.broken: str | None = None
         self.is_in_doubt = False
@@ -98,8 +114,6 @@ class Image:
         self.has_current_bitmaps = False
         self._refcounts: Refcounts | None = None
         self._metadata: dict[int, str] | None = None
-        self._unpacked: tuple[int, bytes] | None = None
-        self._unpacking = threading.Lock()
         self.recovery: Recovery | None = None
         if header.extension(EXTENSION_BITMAPS) and header.autoclear & BITMAPS_CONSISTENT:
             self.has_bitmaps = self.has_current_bitmaps = True
@@ -115,6 +129,19 @@ class Image:
     def cluster_size(self) -> int:
         """Bytes."""
         return self.world.header.cluster_size
+
+    @property
+    def data(self) -> ImageFile:
+        """Where guest data lies, at the host offsets of L2 entries; the same file as the tables' unless the header says no.
+
+        :raise InvalidRequest: it was not opened.
+        """
+        return self.reader.data
+
+    @property
+    def is_data_file_raw(self) -> bool:
+        """Whether the data file without the tables is the disk; not over a backing node, whatever the header says."""
+        return self.header.is_data_file_raw and self.backing is None
 
     @property
     def refcounts(self) -> "Refcounts":
@@ -145,6 +172,8 @@ class Image:
         )
 
     def _open_for_writing(self, is_repair: bool) -> None:
+        if not is_repair:
+            self.reader.refuse_without_data()
         header = self.world.header
         if header.incompatible & CORRUPT and not is_repair:
             raise ImageCorrupt(
@@ -166,6 +195,7 @@ class Image:
             repair_open(self, "all")
             self.set_features(incompatible=self.header.incompatible & ~DIRTY)
         kept = BITMAPS_CONSISTENT if self.has_bitmaps else 0
+        kept |= RAW_DATA_FILE if self.is_data_file_raw else 0
         if self.header.autoclear & ~kept:
             # What these bits promise would no longer be true after the first write of a program that does not know it.
             self.set_features(autoclear=self.header.autoclear & kept)
@@ -384,7 +414,7 @@ class Image:
             table = bytearray(self.mapping.table(offset)) if offset else bytearray(self.cluster_size)
             with self.gate.released():
                 self.file.write(new, table)
-                self.file.flush()
+                self.flush_files()
             self.set_l1_entry(index, new | COPIED)
             self.note_table(new)
             self.mapping.remember(new, table)
@@ -413,44 +443,9 @@ class Image:
             runs = self.mapping.runs(self.world.l1 if l1 is None else l1, offset, len(buffer))
             ticket = gate.start_read()
         try:
-            if len(runs) == 1 and runs[0][0] == DATA:
-                self.file.readinto(runs[0][2], buffer)
-                return
-            self._read_runs(runs, offset, buffer, self.backing if active else None)
+            self.reader.read(runs, offset, buffer, self.backing if active else None)
         finally:
             gate.end_read(ticket)
-
-    def _read_runs(self, runs: list[Run], offset: int, buffer: memoryview, backing: Node | None) -> None:
-        at = 0
-        for kind, length, where in runs:
-            part = buffer[at : at + length]
-            if kind == DATA:
-                self.file.readinto(where, part)
-            elif kind == PACKED:
-                within = (offset + at) & (self.cluster_size - 1)
-                part[:] = self._unpack(where)[within : within + length]
-            elif kind == UNALLOCATED and backing is not None:
-                there = max(0, min(length, backing.size - offset - at))
-                if there:
-                    backing.readinto(offset + at, part[:there])
-                _zero(part[there:])
-            else:
-                _zero(part)
-            at += length
-
-    def _unpack(self, entry: int) -> bytes:
-        """The cluster that a compressed entry stands for; the last one is remembered."""
-        with self._unpacking:
-            if self._unpacked is not None and self._unpacked[0] == entry:
-                return self._unpacked[1]
-            offset, length = packed_place(entry, self.header.cluster_bits)
-            if offset >= self.file.size:
-                raise ImageCorrupt(f"Compressed data at {offset:#x} lies outside the image file")
-            data = decompress(
-                bytes(self.file.read(offset, length)), self.header.compression_name, self.cluster_size
-            )
-            self._unpacked = (entry, data)
-            return data
 
     # Durability.
 
@@ -468,41 +463,25 @@ class Image:
             if dropped is not None:
                 self.gate.claim_refcounts()
         try:
-            self._flush(deferred)
-        except BaseException:
+            self._flush(deferred, dropped)
+        finally:
             if dropped is not None:
                 with self.gate.lock:
-                    self.refcounts.put_back_dropped(dropped)
-                    self.gate.unclaim_refcounts()
-            raise
-        if dropped is not None:
-            with self.gate.lock:
-                try:
-                    self.refcounts.settle(dropped)
-                finally:
                     self.gate.unclaim_refcounts()
 
-    def _flush(self, deferred: Deferred) -> None:
-        """Data first, then the entries that waited for it."""
+    def _flush(self, deferred: Deferred, dropped: "Clusters | None") -> None:
+        """Data first, then the entries that waited for it, then the refcounts; on an error what has not come about waits on."""
         try:
-            self.file.flush()
-        except BaseException:
-            with self.gate.lock:
-                self.mapping.void_record()
-            raise
-        if deferred:
-            with self.gate.lock:
-                self.mapping.write_deferred(deferred)
-            self.file.flush()
-
-    def settle_all(self) -> None:
-        """Inside a switch: wait for all requests in flight, and count every dropped reference down."""
-        with self.gate.lock:
-            self.gate.wait_until_quiet()
-            deferred = self.mapping.deferred()
-            dropped = self.refcounts.take_dropped()
-        try:
-            self._flush(deferred)
+            try:
+                self.flush_files()
+            except BaseException:
+                with self.gate.lock:
+                    self.mapping.void_record()
+                raise
+            if deferred:
+                with self.gate.lock:
+                    self.mapping.write_deferred(deferred)
+                self.file.flush()
         except BaseException:
             if dropped is not None:
                 with self.gate.lock:
@@ -511,6 +490,20 @@ class Image:
         if dropped is not None:
             with self.gate.lock:
                 self.refcounts.settle(dropped)
+
+    def flush_files(self) -> None:
+        """All that was written to the file, and to the guest data's own if there is one, is durable; data first."""
+        if self._data is not None and self._data is not self.file:
+            self._data.flush()
+        self.file.flush()
+
+    def settle_all(self) -> None:
+        """Inside a switch: wait for all requests in flight, and count every dropped reference down."""
+        with self.gate.lock:
+            self.gate.wait_until_quiet()
+            deferred = self.mapping.deferred()
+            dropped = self.refcounts.take_dropped()
+        self._flush(deferred, dropped)
 
     def close(self) -> None:
         """Give back what is pending, dropped or leased, and flush. Requests have ended.
@@ -542,9 +535,3 @@ class Image:
 
 def _said(error: BaseException) -> str:
     return error.message if isinstance(error, StillframeError) else type(error).__name__
-
-
-def _zero(buffer: memoryview) -> None:
-    for at in range(0, len(buffer), len(_ZEROES)):
-        part = buffer[at : at + len(_ZEROES)]
-        part[:] = _ZEROES[: len(part)]

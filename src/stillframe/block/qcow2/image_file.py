@@ -1,4 +1,4 @@
-"""The child node as qcow2 sees it: bytes past its end are zeroes, and writes make it grow."""
+"""A child node as qcow2 sees it: bytes past its end are zeroes, and writes make it grow."""
 
 import contextlib
 import errno
@@ -6,11 +6,11 @@ import os
 import threading
 
 from stillframe.block.node import Node
-from stillframe.errors import IOFailed, io_failed
+from stillframe.errors import IOFailed, Unsupported, io_failed
 
 
 class ImageFile:
-    """The file under an image.
+    """The file under an image: that of its tables, or that of guest data where it has one of its own.
 
     :param node: the child, open; whoever opened it closes it.
     """
@@ -71,10 +71,16 @@ class ImageFile:
 
     def shrink(self, size: int) -> None:
         """Give back what lies behind `size`, where the storage can be made smaller."""
-        with self._growing:
-            if size < self.node.size and self.node.driver == "file":
+        with self._growing, contextlib.suppress(Unsupported):
+            if size < self.node.size:
                 self.node.truncate(size)
                 self._written = size
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Make a range read as zeroes. :param unmap: its space may be given back."""
+        length = min(length, self.node.size - offset)
+        if length > 0:
+            self.node.write_zeroes(offset, length, unmap=unmap)
 
     def discard(self, offset: int, length: int) -> None:
         """Give back the space of a range, as far as it exists.

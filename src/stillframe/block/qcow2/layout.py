@@ -57,7 +57,7 @@ LOADING = 1 << 62
 """Ours, in a header alone and never in a `Header` of an open image: see first_sector.py and marks.py."""
 VERSION_2_LOADING = 0x53460002
 LAZY_REFCOUNTS = 1
-BITMAPS_CONSISTENT = 1
+BITMAPS_CONSISTENT, RAW_DATA_FILE = 1, 2
 RECORD_NUMBER_SHIFT = 32
 OTHER_AUTOCLEAR = (1 << RECORD_NUMBER_SHIFT) - 1
 
@@ -65,6 +65,7 @@ EXTENSION_END = 0
 EXTENSION_BACKING_FORMAT = 0xE2792ACA
 EXTENSION_FEATURE_NAMES = 0x6803F857
 EXTENSION_BITMAPS = 0x23852875
+EXTENSION_DATA_FILE = 0x44415441
 
 WORLD_OFFSET = 24
 FEATURES_OFFSET = 72
@@ -129,6 +130,11 @@ class Header:
     def has_data_file(self) -> bool:
         """Whether guest data lies in a file of its own."""
         return bool(self.incompatible & DATA_FILE)
+
+    @property
+    def is_data_file_raw(self) -> bool:
+        """Whether the data file, without these tables, is the disk: a raw image. A backing file contradicts that."""
+        return self.has_data_file and bool(self.autoclear & RAW_DATA_FILE) and not self.backing_name
 
     @property
     def l2_entry_words(self) -> int:
@@ -366,9 +372,8 @@ def _check_features(header: Header) -> None:
     unknown = header.incompatible & ~known
     if unknown:
         raise Unsupported(f"Unsupported qcow2 feature(s): {_names_of(unknown, header)}")
-    for bit, name in ((DATA_FILE, "external data file"), (EXTENDED_L2, "extended L2 entries")):
-        if header.incompatible & bit:
-            raise Unsupported(f"Unsupported qcow2 feature(s): {name}")
+    if header.has_extended_l2:
+        raise Unsupported("Unsupported qcow2 feature(s): extended L2 entries")
     if header.crypt_method:
         kind = {1: "AES", 2: "LUKS"}.get(header.crypt_method)
         if kind is None:

@@ -11,13 +11,13 @@ What keeps the file whole at a power cut is the order in which entries are writt
             told every further change, before the file.
 """
 
-import struct
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from stillframe.block.qcow2.image_file import ImageFile
-from stillframe.block.qcow2.layout import COMPRESSED, COPIED, MAX_OFFSET, OFFSET_MASK, ZERO, Header
+from stillframe.block.qcow2.l2_entry import L2Format, ones
+from stillframe.block.qcow2.layout import COMPRESSED, OFFSET_MASK, ZERO, Header
 from stillframe.errors import ImageCorrupt
 
 if TYPE_CHECKING:
@@ -36,18 +36,22 @@ DEFERRED_AT_MOST = 1 << 15
 
 Run = tuple[int, int, int]
 """Kind, length in bytes, and where it begins: the host offset of DATA and of zeroes that have a place (0 for those that
-have none), the whole L2 entry of PACKED, of which a run is at most one cluster."""
+have none), the L2 entry of PACKED, of which a run is at most one cluster."""
 
 
 class Mapping:
-    """Looks offsets up in trees of tables. Every call is made with the image's lock held."""
+    """Looks offsets up in trees of tables. Every call is made with the image's lock held.
+
+    :ivar l2: how entries are read and made.
+    """
 
     def __init__(self, file: ImageFile, header: Header) -> None:
         self._file = file
-        self._version = header.version
+        self.l2 = L2Format(header)
+        self._is_plain = not header.has_extended_l2 and not header.has_data_file
         self._cluster_bits = header.cluster_bits
         self._cluster_size = header.cluster_size
-        self._span_bits = header.cluster_bits * 2 - 3
+        self._span_bits = header.l2_span.bit_length() - 1
         self._entries = header.l2_entries
         self._cache: OrderedDict[int, bytearray] = OrderedDict()
         self._cached_at_most = max(2, CACHE_BYTES // header.cluster_size)
@@ -96,8 +100,8 @@ class Mapping:
         self._reset_record()
 
     def entries(self, table_offset: int, index: int, count: int) -> tuple[int, ...]:
-        """Entries of an L2 table as numbers."""
-        return struct.unpack_from(f">{count}Q", self.table(table_offset), index * 8)
+        """Entries of an L2 table as numbers; see l2_entry.py."""
+        return self.l2.unpack(self.table(table_offset), index, count)
 
     def store(self, table_offset: int, index: int, entries: list[int]) -> None:
         """Write entries of an L2 table through to the file.
@@ -105,15 +109,16 @@ class Mapping:
         On an error the file may hold the old or the new ones; both lead to clusters that are counted, as long as the
         caller gives none of them to others.
         """
-        data = struct.pack(f">{len(entries)}Q", *entries)
+        data = self.l2.pack(entries)
+        at = index * self.l2.entry_size
         table = self.table(table_offset)
-        place = slice(index * 8, index * 8 + len(data))
+        place = slice(at, at + len(data))
         before = bytes(table[place])
         record = self._record_of(table_offset, 2 * len(entries))
         if record is not None:
             record.append(table_offset, index, before, data)
         try:
-            self._file.write(table_offset + index * 8, data)
+            self._file.write(table_offset + at, data)
         except BaseException:
             if record is not None:
                 record.append(table_offset, index, data, before)
@@ -130,14 +135,15 @@ class Mapping:
         :raise IOFailed: they could not be noted; nothing has changed.
         """
         table = self.table(table_offset)
+        data = self.l2.pack(entries)
+        place = slice(index * self.l2.entry_size, index * self.l2.entry_size + len(data))
         if self.record is not None:
-            data = struct.pack(f">{len(entries)}Q", *entries)
             if not self._has_room(len(entries)):
                 # All data is durable by now, so that there is nothing to wait for.
                 self.store(table_offset, index, entries)
                 return
-            self.record.append(table_offset, index, bytes(table[index * 8 : index * 8 + len(data)]), data)
-        struct.pack_into(f">{len(entries)}Q", table, index * 8, *entries)
+            self.record.append(table_offset, index, bytes(table[place]), data)
+        table[place] = data
         deferred = self._deferred.setdefault(table_offset, {})
         deferred.update(zip(range(index, index + len(entries)), entries, strict=True))
 
@@ -165,8 +171,8 @@ class Mapping:
                 continue
             still = sorted(index for index, entry in entries.items() if present.get(index) == entry)
             for first, count in _consecutive(still):
-                data = struct.pack(f">{count}Q", *(entries[first + number] for number in range(count)))
-                self._file.write(table_offset + first * 8, data)
+                data = self.l2.pack([entries[first + number] for number in range(count)])
+                self._file.write(table_offset + first * self.l2.entry_size, data)
                 for number in range(count):
                     del present[first + number]
             if not present:
@@ -222,16 +228,22 @@ class Mapping:
             index = (offset >> self._cluster_bits) & (self._entries - 1)
             within = offset & (size - 1)
             count = (within + stop - offset + size - 1) >> self._cluster_bits
-            for entry in struct.unpack_from(f">{count}Q", table, index * 8):
+            entries = self.l2.unpack(table, index, count)
+            if not self._is_plain:
+                self._extend_by_subclusters(found, entries, offset, stop)
+                offset = stop
+                continue
+            for entry in entries:
                 part = min(size - within, stop - offset)
                 host = entry & OFFSET_MASK
                 if entry & COMPRESSED:
                     found.append((PACKED, part, entry))
                 elif entry & ZERO:
-                    self.check(entry)
+                    self.l2.check(entry)
                     _extend(found, ZEROES, part, host + within if host else 0)
                 elif host:
-                    self.check(entry)
+                    if host & (size - 1):
+                        self.l2.check(entry)
                     _extend(found, DATA, part, host + within)
                 else:
                     _extend(found, UNALLOCATED, part, 0)
@@ -239,16 +251,32 @@ class Mapping:
                 within = 0
         return found
 
-    def check(self, entry: int) -> None:
-        """:raise ImageCorrupt: the L2 entry is none of this format, in QEMU's words."""
-        if entry & COMPRESSED:
-            return
-        if entry & OFFSET_MASK & (self._cluster_size - 1):
-            raise ImageCorrupt(
-                f"Cluster allocation offset {entry & OFFSET_MASK:#x} unaligned (L2 entry {entry:#x})"
-            )
-        if entry & ZERO and self._version < 3:
-            raise ImageCorrupt(f"Zero cluster entry found in pre-v3 image (L2 entry {entry:#x})")
+    def _extend_by_subclusters(
+        self, found: list[Run], entries: tuple[int, ...], offset: int, stop: int
+    ) -> None:
+        """`runs` from `offset` to `stop`, which these entries cover, for entries of any kind."""
+        l2, size, bits = self.l2, self._cluster_size, self.l2.subcluster_bits
+        for entry in entries:
+            cluster, at = divmod(offset, size)
+            end = min(size, at + stop - offset)
+            offset += end - at
+            l2.check(entry, cluster)
+            if entry & COMPRESSED:
+                found.append((PACKED, end - at, entry))
+                continue
+            host = entry & OFFSET_MASK
+            allocated, zero = l2.allocated(entry), l2.zero(entry)
+            while at < end:
+                number = at >> bits
+                if allocated >> number & 1:
+                    kind, mask, where = DATA, allocated, host + at
+                elif zero >> number & 1:
+                    kind, mask, where = ZEROES, zero, host + at if host else 0
+                else:
+                    kind, mask, where = UNALLOCATED, l2.every & ~(allocated | zero), 0
+                part = min(end, number + ones(mask >> number) << bits) - at
+                _extend(found, kind, part, where)
+                at += part
 
 
 def l1_entry(l1: bytes | bytearray, index: int) -> int:
@@ -256,37 +284,10 @@ def l1_entry(l1: bytes | bytearray, index: int) -> int:
     return int.from_bytes(l1[index * 8 : index * 8 + 8], "big")
 
 
-def owned(entry: int) -> bool:
-    """Whether the entry's cluster is used by nobody else, and is no compressed data."""
-    return bool(entry & COPIED) and not entry & COMPRESSED
-
-
-def packed_place(entry: int, cluster_bits: int) -> tuple[int, int]:
-    """Where the compressed data of an entry lies: host offset, and bytes up to the end of its last sector."""
-    bits = 70 - cluster_bits
-    offset = entry & ((1 << bits) - 1)
-    sectors = ((entry & (COMPRESSED - 1)) >> bits) + 1
-    return offset, sectors * 512 - (offset & 511)
-
-
-def host_clusters(entry: int, cluster_bits: int) -> range:
-    """The host clusters that an L2 entry counts as references to.
-
-    :raise ImageCorrupt: it points beyond the format's end.
-    """
-    if entry & COMPRESSED:
-        offset, length = packed_place(entry, cluster_bits)
-        if offset >= MAX_OFFSET:
-            raise ImageCorrupt(f"Compressed data at {offset:#x} lies beyond the format's end")
-        return range(offset >> cluster_bits, (offset + length - 1 >> cluster_bits) + 1)
-    host = (entry & OFFSET_MASK) >> cluster_bits
-    return range(host, host + 1) if host else range(0)
-
-
 def _extend(found: list[Run], kind: int, length: int, host: int) -> None:
     if found:
         last_kind, last_length, last_host = found[-1]
-        if last_kind == kind and (host == last_host + last_length if last_host else not host):
+        if last_kind == kind and (host == last_host + last_length if last_host or kind == DATA else not host):
             found[-1] = (kind, last_length + length, last_host)
             return
     found.append((kind, length, host))

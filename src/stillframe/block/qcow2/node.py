@@ -8,6 +8,7 @@ from stillframe.block.qcow2.layout import (
     CORRUPT,
     DIRTY,
     EXTENSION_BACKING_FORMAT,
+    EXTENSION_DATA_FILE,
     LAZY_REFCOUNTS,
 )
 from stillframe.block.qcow2.mapping import DATA, PACKED, ZEROES
@@ -23,8 +24,10 @@ class Qcow2Node(Node):
 
     :param file: the child that holds the image; writable unless `read_only`. Whoever opened it closes it, after this.
     :param backing: what unallocated clusters show; None for zeroes, whatever name the image records.
+    :param data: the child that holds guest data, where the header says that there is one; else None.
     :param discard: False ignores `discard`, and keeps the place of what `write_zeroes` may unmap.
-    :raise InvalidRequest: not a qcow2 image. :raise Unsupported: a feature that is not done, by name.
+    :raise InvalidRequest: not a qcow2 image, or the header and `data` disagree.
+    :raise Unsupported: a feature that is not done, by name.
     :raise ImageCorrupt: its tables are out of bounds, or it is marked corrupt and to be written.
     """
 
@@ -36,14 +39,17 @@ class Qcow2Node(Node):
         file: Node,
         *,
         backing: Node | None = None,
+        data: Node | None = None,
         read_only: bool = False,
         discard: bool = True,
     ) -> None:
         super().__init__(node_name, read_only=read_only)
         self._file = file
         self._backing = backing
+        self._data = data
         self._discard = discard
-        self._image = Image(file, backing, read_only=read_only)
+        self._image = Image(file, backing, data=data, read_only=read_only)
+        self._image.reader.refuse_without_data()
         self._snapshots = Snapshots(self._image)
         self._is_closed = False
 
@@ -58,11 +64,13 @@ class Qcow2Node(Node):
 
     @property
     def children(self) -> Mapping[str, Node]:
-        return {"file": self._file} | ({"backing": self._backing} if self._backing else {})
+        there = {"file": self._file, "data-file": self._data, "backing": self._backing}
+        return {role: node for role, node in there.items() if node is not None}
 
     @property
-    def snapshot_store(self) -> Snapshots:
-        return self._snapshots
+    def snapshot_store(self) -> Snapshots | None:
+        """None with a data file of its own, whose clusters nothing counts: the format rules snapshots out."""
+        return None if self._data else self._snapshots
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         self._refuse_outside(offset, len(buffer))
@@ -82,10 +90,14 @@ class Qcow2Node(Node):
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
         from stillframe.block.qcow2.writing import unmap as unmap_clusters
+        from stillframe.block.qcow2.writing import zero_data_file
 
         self._refuse_write(offset, length)
         unmap = unmap and self._discard
-        start, end = self._whole_clusters(offset, length)
+        if self._image.is_data_file_raw:
+            zero_data_file(self._image, offset, length, unmap=unmap)
+            return
+        start, end = self._whole_subclusters(offset, length)
         if start >= end:
             self._write_zero_bytes(offset, offset + length)
             return
@@ -94,22 +106,24 @@ class Qcow2Node(Node):
             # Version 2 has no mark for zeroes: unallocated clusters would show what lies below, or lose their place.
             self._write_zero_bytes(start, end)
         else:
-            size = self._image.cluster_size
-            unmap_clusters(
-                self._image, start // size, (end - 1) // size, keep_place=not unmap, reads_zero=True
-            )
+            left = unmap_clusters(self._image, start, end, keep_place=not unmap, reads_zero=True)
+            for part in left:
+                self._write_zero_bytes(*part)
         self._write_zero_bytes(end, offset + length)
 
     def discard(self, offset: int, length: int) -> None:
-        from stillframe.block.qcow2.writing import unmap
+        from stillframe.block.qcow2.writing import unmap, zero_data_file
 
         self._refuse_write(offset, length)
         if not self._discard or (self._image.header.version < 3 and self._backing is not None):
             return
-        start, end = self._whole_clusters(offset, length)
+        if self._image.is_data_file_raw:
+            # With the tables or without them, the same is read.
+            zero_data_file(self._image, offset, length, unmap=True)
+            return
+        start, end = self._whole_subclusters(offset, length)
         if start < end:
-            size = self._image.cluster_size
-            unmap(self._image, start // size, (end - 1) // size, keep_place=False, reads_zero=True)
+            unmap(self._image, start, end, keep_place=False, reads_zero=True)
 
     def flush(self) -> None:
         if not self.read_only:
@@ -188,9 +202,14 @@ class Qcow2Node(Node):
 
             data["bitmaps"] = bitmaps_json(self._image)
         data["refcount-bits"] = header.refcount_bits
+        if header.has_data_file:
+            named = header.extension(EXTENSION_DATA_FILE)
+            if named is not None:
+                data["data-file"] = named.decode("utf-8", "surrogateescape")
+            data["data-file-raw"] = header.is_data_file_raw
         if header.version >= 3:
             data["corrupt"] = bool(header.incompatible & CORRUPT)
-            data["extended-l2"] = False
+            data["extended-l2"] = header.has_extended_l2
         name = header.backing_name.decode("utf-8", "surrogateescape")
         kind = header.extension(EXTENSION_BACKING_FORMAT)
         return ImageInfo(
@@ -202,7 +221,7 @@ class Qcow2Node(Node):
             dirty=bool(header.incompatible & DIRTY),
             backing_filename=name or None,
             backing_format=kind.decode("utf-8", "replace") if name and kind else None,
-            snapshots=tuple(self._snapshots.snapshots()),
+            snapshots=() if self._data else tuple(self._snapshots.snapshots()),
             format_specific={"type": "qcow2", "data": data},
             children=(("file", below),),
         )
@@ -215,9 +234,9 @@ class Qcow2Node(Node):
         if not self.read_only:
             self._image.close()
 
-    def _whole_clusters(self, offset: int, length: int) -> tuple[int, int]:
-        """The clusters that lie in a range as a whole, as start and end; the disk's last one may be cut short."""
-        size = self._image.cluster_size
+    def _whole_subclusters(self, offset: int, length: int) -> tuple[int, int]:
+        """What of a range can read as zeroes by its mapping, as start and end; the disk's last part may be cut short."""
+        size = self._image.l2.subcluster_size
         end = offset + length
         start = -(-offset // size) * size
         return start, end if end == self.size else end // size * size

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from stillframe.block.node import Change, SnapshotRecord
 from stillframe.block.qcow2.image import Image
 from stillframe.block.qcow2.layout import MAX_L1_BYTES, OFFSET_MASK
-from stillframe.block.qcow2.mapping import host_clusters, l1_entry
+from stillframe.block.qcow2.mapping import l1_entry
 from stillframe.errors import InUse, LimitReached
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Pending:
             while view:
                 index, within = divmod(offset, size)
                 host, length = self._place(index, within, len(view))
-                self._image.file.write(host + within, view[:length])
+                self._image.data.write(host + within, view[:length])
                 offset += length
                 view = view[length:]
             self.state_size = max(self.state_size, end)
@@ -130,7 +130,7 @@ class Pending:
 
     def _clear_around(self, first: int, count: int, within: int, length: int) -> None:
         """What a new run of clusters holds besides the data that is about to be written reads as zeroes."""
-        file = self._image.file
+        file = self._image.data
         bits = self._image.header.cluster_bits
         start, end = first << bits, first + count << bits
         if file.is_untouched(start):
@@ -220,8 +220,8 @@ class Pending:
             new = image.mapping.entries(present, 0, count) if present else (0,) * count
             dropped = [frozen >> bits]
             for before, after in zip(old, new, strict=True):
-                clusters = host_clusters(before, bits)
-                if clusters and clusters != host_clusters(after, bits):
+                clusters = image.l2.counted(before)
+                if clusters and clusters != image.l2.counted(after):
                     dropped += clusters
             image.drop(dropped)
 

@@ -17,7 +17,6 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from stillframe.block.qcow2.layout import COPIED, DIRTY, OFFSET_MASK, OTHER_AUTOCLEAR, RECORD_NUMBER_SHIFT
-from stillframe.block.qcow2.mapping import host_clusters
 from stillframe.block.qcow2.metadata import ACTIVE_L2
 from stillframe.block.qcow2.unflushed import Change, Kind, digest, find
 from stillframe.errors import ImageCorrupt, IOFailed, Refused
@@ -66,6 +65,7 @@ Allowed = dict[int, dict[int, list[bytes]]]
 def recover(image: "Image") -> Recovery:
     """Before an image that is opened for writing is used in any other way.
 
+    :raise InvalidRequest: a repair of an image whose data file was not opened with it.
     :raise IOFailed: of the storage. The image cannot be used; a later open begins anew.
     """
     header = image.header
@@ -74,6 +74,8 @@ def recover(image: "Image") -> Recovery:
     number = header.autoclear >> RECORD_NUMBER_SHIFT
     if not number:
         return Recovery(Outcome.CLEAN)
+    # What the entries wait for may lie there.
+    image.reader.refuse_without_data()
     try:
         record = find(image.file.node, number, header.l2_entry_words * 8)
     except Refused as error:
@@ -88,7 +90,7 @@ def recover(image: "Image") -> Recovery:
             is_over = True
             return Recovery(Outcome.LOST, why=error.message)
         try:
-            image.file.flush()
+            image.flush_files()
         except IOFailed:
             # The data may be lost, and a later flush would not say so any more.
             is_over = True
@@ -168,14 +170,12 @@ def _verify_clusters(image: "Image", entries: Entries) -> None:
     header = image.header
     seen: set[int] = set()
     for (table, _), data in entries.items():
-        entry = int.from_bytes(data[:8], "big")
-        image.mapping.check(entry)
+        entry = image.l2.unpack(data, 0, 1)[0]
+        image.l2.check(entry)
         with image.gate.lock:
             if image.metadata_at(table >> header.cluster_bits) != ACTIVE_L2:
                 raise Refused("The record of unflushed writes contradicts the image's tables")
-            if header.has_data_file:
-                continue
-            for cluster in host_clusters(entry, header.cluster_bits):
+            for cluster in image.l2.counted(entry):
                 count = image.refcounts.count(cluster)
                 is_shared = count != 1 or cluster in seen
                 if not count or (entry & COPIED and is_shared) or image.metadata_at(cluster):

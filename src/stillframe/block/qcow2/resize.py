@@ -1,13 +1,12 @@
 """The disk made larger or smaller, snapshots or not."""
 
-import struct
 from dataclasses import replace
 
 from stillframe.block.qcow2.changes import switch_now
 from stillframe.block.qcow2.image import Image
 from stillframe.block.qcow2.layout import MAX_L1_BYTES, OFFSET_MASK
-from stillframe.block.qcow2.mapping import DATA, host_clusters
-from stillframe.block.qcow2.writing import unmap, write
+from stillframe.block.qcow2.mapping import DATA, l1_entry
+from stillframe.block.qcow2.writing import flush_if_due, unmap, write
 from stillframe.errors import InUse, InvalidRequest, LimitReached, Unsupported
 
 _ZEROES = bytes(1 << 20)
@@ -56,7 +55,14 @@ def _grow(image: Image, size: int) -> None:
     if old.l1_entries_for(size) > old.l1_size:
         l1 = bytearray(image.world.l1).ljust(old.l1_entries_for(size) * 8, b"\0")
         switch_now(image, lambda shadow: shadow.world(l1=l1, snapshots=None))
-    _clear_tail(image, old.size)
+    if old.has_data_file:
+        # A file or device that is longer than the disk was may hold anything there.
+        image.data.write_zeroes(old.size, size - old.size, unmap=True)
+        image.data.grow(size)
+        if image.is_data_file_raw:
+            image.data.shrink(size)
+    else:
+        _clear_tail(image, old.size)
     if image.backing is not None:
         _hide_backing(image, old.size, min(size, image.backing.size))
     image.flush()
@@ -67,6 +73,8 @@ def _shrink(image: Image, size: int) -> None:
     image.flush()
     image.switch_world(replace(image.world, header=replace(image.header, size=size)))
     _cut_tree(image, size)
+    if image.header.has_data_file:
+        image.data.shrink(size)
 
 
 def _cut_tree(image: Image, size: int) -> None:
@@ -74,19 +82,29 @@ def _cut_tree(image: Image, size: int) -> None:
     header = image.header
     first = header.clusters_for(size)
     keep = header.l1_entries_for(size)
-    if first < keep * header.l2_entries:
-        unmap(image, first, keep * header.l2_entries - 1, keep_place=False, reads_zero=False)
-    with image.gate.mapping(first, (1 << 63) - 1), image.gate.lock:
-        for index in range(keep, image.header.l1_size):
-            offset: int = struct.unpack_from(">Q", image.world.l1, index * 8)[0] & OFFSET_MASK
-            if not offset:
-                continue
-            entries = image.mapping.entries(offset, 0, header.l2_entries)
-            image.set_l1_entry(index, 0)
-            dropped = [offset >> header.cluster_bits]
-            for entry in entries:
-                dropped += host_clusters(entry, header.cluster_bits)
-            image.drop(dropped)
+    unmap(image, first * header.cluster_size, keep * header.l2_span, keep_place=False, reads_zero=False)
+    with image.gate.mapping(first, (1 << 63) - 1):
+        for index in range(keep, header.l1_size):
+            with image.gate.lock:
+                is_cut = _cut_table(image, index)
+            if is_cut:
+                flush_if_due(image)
+
+
+def _cut_table(image: Image, index: int) -> bool:
+    """Take an L2 table as a whole out of the active tree; whether there was one. Lock held."""
+    offset = l1_entry(image.world.l1, index) & OFFSET_MASK
+    if not offset:
+        return False
+    image.refuse_foreign_table(offset)
+    entries = image.mapping.entries(offset, 0, image.header.l2_entries)
+    image.set_l1_entry(index, 0)
+    dropped = [offset >> image.header.cluster_bits]
+    for entry in entries:
+        if entry:
+            dropped += image.l2.counted(entry)
+    image.drop(dropped)
+    return True
 
 
 def _clear_tail(image: Image, size: int) -> None:
@@ -110,9 +128,8 @@ def _hide_backing(image: Image, start: int, end: int) -> None:
         start = stop
     if start >= end:
         return
-    first, last = start // size, (end - 1) // size
     if image.header.version >= 3:
-        unmap(image, first, last, keep_place=False, reads_zero=True)
+        unmap(image, start, -(-end // size) * size, keep_place=False, reads_zero=True)
         return
     for at in range(start, end, len(_ZEROES)):
         write(image, at, memoryview(_ZEROES)[: end - at])

@@ -1,13 +1,20 @@
 """Writes into the active tree: in place where the clusters are the image's own, else into new ones.
 
-in place   entries with COPIED, allocated after the last freeze: the data goes straight to its place
-mapped     claim the guest range; get clusters; write the data and what surrounds it in its clusters; then the L2
-           entries, at once or with the next flush (mapping.py); then drop what they pointed to before
+in place   entries with COPIED, allocated after the last freeze, as far as their subclusters hold data: it goes straight to
+           its place
+mapped     claim the guest range; get clusters; write the data and what its subclusters, or a cluster that moves, held
+           around it; then the L2 entries, at once or with the next flush (mapping.py); then drop what they pointed to before
+
+Where guest data has a file of its own, a cluster's place there is the guest's own offset, and nothing counts it.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from stillframe.block.qcow2.image import Image
-from stillframe.block.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, ZERO
-from stillframe.block.qcow2.mapping import host_clusters, l1_entry, owned
+from stillframe.block.qcow2.l2_entry import L2Format
+from stillframe.block.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
+from stillframe.block.qcow2.mapping import l1_entry
 from stillframe.block.qcow2.wholly import wholly
 
 _JOINED_AT_MOST = 256 << 10
@@ -24,7 +31,7 @@ def write(image: Image, offset: int, data: memoryview) -> None:
         offset += done
         data = data[done:]
     if is_mapped:
-        _flush_if_due(image)
+        flush_if_due(image)
 
 
 def _note_guest_change(image: Image) -> None:
@@ -35,7 +42,7 @@ def _note_guest_change(image: Image) -> None:
         mark_in_use(image)
 
 
-def _flush_if_due(image: Image) -> None:
+def flush_if_due(image: Image) -> None:
     """Keep what waits for a flush within its bounds."""
     with image.gate.lock:
         is_due = image.refcounts.has_many_dropped or image.mapping.has_many_deferred
@@ -55,13 +62,13 @@ def _write_in_place(image: Image, offset: int, data: memoryview) -> int:
         _note_guest_change(image)
         bits = image.header.cluster_bits
         first = host >> bits
-        image.refuse_overlap(first, (host + length - 1 >> bits) - first + 1)
-        if host + length > image.file.size:
+        _refuse_wrong_place(image, first, (host + length - 1 >> bits) - first + 1)
+        if host + length > image.file.size and not image.l2.has_data_file:
             # Entries may point past the end of a file that was cut short, and may not make it grow to anywhere.
             image.refuse_uncounted(first)
         ticket = gate.start_write()
     try:
-        image.file.write(host, data[:length])
+        image.data.write(host, data[:length])
     finally:
         gate.end_write(ticket)
     return length
@@ -69,7 +76,7 @@ def _write_in_place(image: Image, offset: int, data: memoryview) -> int:
 
 def _own_run(image: Image, offset: int, length: int) -> tuple[int, int]:
     """Host offset and length of the contiguous bytes from `offset` on that may be overwritten in place. Lock held."""
-    header = image.header
+    header, l2 = image.header, image.l2
     bits = header.cluster_bits
     size = 1 << bits
     cluster = offset >> bits
@@ -81,26 +88,84 @@ def _own_run(image: Image, offset: int, length: int) -> tuple[int, int]:
     pending = image.pending
     if pending is not None and not pending.is_fresh_table(l1_index):
         return 0, 0
-    within = offset & (size - 1)
+    within = at = offset & (size - 1)
     count = min((within + length + size - 1) >> bits, header.l2_entries - index)
     start = expected = found = 0
     for number, entry in enumerate(image.mapping.entries(table_offset, index, count)):
         host = entry & OFFSET_MASK
-        if not host or not owned(entry) or entry & ZERO or (found and host != expected) or host & (size - 1):
+        if not l2.is_own(entry) or (number and host != expected) or host & (size - 1):
+            break
+        if l2.has_data_file and host != cluster + number << bits:
             break
         if pending is not None and not pending.is_fresh(l1_index, index + number):
             break
-        start = start or host
-        expected = host + size
-        found += 1
-    if not found:
-        return 0, 0
-    return start + within, min(length, (found << bits) - within)
+        here = l2.data_length(entry, at)
+        if not here:
+            break
+        if not number:
+            start = host + within
+        found += here
+        if here < size - at:
+            break
+        expected, at = host + size, 0
+    return start, min(length, found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """Guest clusters, and the host clusters next to each other that a write puts them into.
+
+    :param first: the first guest cluster. :param place: the first host cluster.
+    :param is_new: what the host clusters hold is nobody's; else they are these guest clusters' own already.
+    :param old: the L2 entries until now.
+    """
+
+    l2: L2Format
+    bits: int
+    first: int
+    place: int
+    is_new: bool
+    old: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        """The guest offset behind the last cluster."""
+        return self.first + len(self.old) << self.bits
+
+    def touched(self, number: int, start: int, end: int) -> int:
+        """The mask of a cluster's subclusters that a guest range touches."""
+        base = self.first + number << self.bits
+        return self.l2.mask(start - base, end - base)
+
+    def entries(self, start: int, end: int) -> list[int]:
+        """The L2 entries once the guest range is written."""
+        made: list[int] = []
+        for number, entry in enumerate(self.old):
+            allocated = self.l2.allocated(entry) | self.touched(number, start, end)
+            zero = self.l2.zero(entry) & ~allocated
+            made.append(self.l2.own(self.place + number << self.bits, allocated, zero))
+        return made
+
+    def beside(self, start: int, end: int, limit: int) -> Iterator[tuple[int, int]]:
+        """What must be written beside a guest range, as ranges of the guest in order: the rest of its subclusters, and
+        of clusters that move all that was allocated. :param limit: nothing is written from here on."""
+        for number in sorted({0, len(self.old) - 1}):
+            base = self.first + number << self.bits
+            allocated = self.l2.allocated(self.old[number])
+            touched = self.touched(number, start, end)
+            needed = allocated | touched if self.is_new else touched & ~allocated
+            for sub in range(self.l2.subclusters):
+                if needed >> sub & 1:
+                    low = base + (sub << self.l2.subcluster_bits)
+                    high = min(low + self.l2.subcluster_size, limit)
+                    yield from (
+                        part for part in ((low, min(high, start)), (max(low, end), high)) if part[0] < part[1]
+                    )
 
 
 def _write_mapped(image: Image, offset: int, data: memoryview) -> int:
     """Write a first part of the data into clusters that are new, or have no content yet; 0 if there is no need to."""
-    header = image.header
+    header, l2 = image.header, image.l2
     bits = header.cluster_bits
     first = offset >> bits
     l1_index, index = divmod(first, header.l2_entries)
@@ -111,109 +176,131 @@ def _write_mapped(image: Image, offset: int, data: memoryview) -> int:
             _note_guest_change(image)
             table = image.own_table(l1_index)
             entries = image.mapping.entries(table, index, last - first + 1)
-            for entry in entries:
-                image.mapping.check(entry)
-            place, count, is_new = _place(image, l1_index, index, entries)
-            if not count:
+            for number, entry in enumerate(entries):
+                l2.check(entry, first + number)
+            placed = _place(image, offset, l1_index, index, entries)
+            if placed is None:
                 return 0
-            entries = entries[:count]
-            image.refuse_overlap(place, count)
-            untouched = is_new and image.file.is_untouched(place << bits)
-        length = min(len(data), (first + count << bits) - offset)
+            count = len(placed.old)
+            _refuse_wrong_place(image, placed.place, count)
+            untouched = placed.is_new and image.data.is_untouched(placed.place << bits)
+        data = data[: placed.end - offset]
+        end = offset + len(data)
         try:
-            _write_clusters(image, first, place, count, offset, data[:length], entries, untouched, is_new)
+            _fill(image, placed, offset, data, untouched)
         except BaseException:
-            if is_new:
+            if placed.is_new:
                 with image.gate.lock:
-                    image.refcounts.give_back(place, count)
+                    _give_back(image, placed.place, count)
             raise
         with image.gate.lock:
-            new = [(place + number << bits) | COPIED for number in range(count)]
+            new = placed.entries(offset, end)
             # New clusters that read as zeroes until the data is in them may stand for zeroes at once.
             waits = not untouched or not all(
-                _reads_zero(image, entry, first + number) for number, entry in enumerate(entries)
+                _reads_zero(image, entry, first + number, l2.allocated(new[number]))
+                for number, entry in enumerate(placed.old)
             )
-            link(image, l1_index, index, entries, new, waits=waits)
+            link(image, l1_index, index, placed.old, new, waits=waits)
             if image.pending is not None:
                 image.pending.note_fresh(l1_index, index, count)
-    return length
+    return len(data)
 
 
-def _place(image: Image, l1_index: int, index: int, entries: tuple[int, ...]) -> tuple[int, int, bool]:
-    """Where the first entries' data is to go: cluster, how many, whether they are new. Lock held; given up at times."""
-    bits = image.header.cluster_bits
+def _place(image: Image, offset: int, l1_index: int, index: int, entries: tuple[int, ...]) -> _Placed | None:
+    """Where the first of these clusters go; None if the first byte can be written in place. Lock held; given up at times."""
+    l2, bits = image.l2, image.header.cluster_bits
+    first = offset >> bits
     pending = image.pending
 
     def is_own(number: int) -> bool:
-        entry = entries[number]
-        if not entry & OFFSET_MASK or not owned(entry):
-            return False
-        return pending is None or pending.is_fresh(l1_index, index + number)
+        return l2.is_own(entries[number]) and (pending is None or pending.is_fresh(l1_index, index + number))
 
     if is_own(0):
-        if not entries[0] & ZERO:
-            return 0, 0, False
+        if l2.data_length(entries[0], offset & ((1 << bits) - 1)):
+            return None
         place = (entries[0] & OFFSET_MASK) >> bits
         count = 1
         while (
             count < len(entries)
-            and entries[count] & ZERO
+            and l2.allocated(entries[count]) != l2.every
             and is_own(count)
             and (entries[count] & OFFSET_MASK) >> bits == place + count
         ):
             count += 1
-        return place, count, False
+        return _Placed(l2, bits, first, place, False, entries[:count])
     wanted = 1
     while wanted < len(entries) and not is_own(wanted):
         wanted += 1
-    place, count = image.refcounts.allocate(wanted)
-    return place, count, True
+    # In a data file the place is the guest's own offset.
+    place, count = (first, wanted) if l2.has_data_file else image.refcounts.allocate(wanted)
+    return _Placed(l2, bits, first, place, True, entries[:count])
 
 
-def _write_clusters(
-    image: Image,
-    first: int,
-    place: int,
-    count: int,
-    offset: int,
-    data: memoryview,
-    entries: tuple[int, ...],
-    untouched: bool,
-    is_new: bool,
-) -> None:
-    """Fill whole host clusters: the data, and around it what the guest clusters held before."""
-    bits = image.header.cluster_bits
-    start, end = first << bits, first + count << bits
-    head, tail = offset - start, end - offset - len(data)
-    host = place << bits
-    head_is_zero = not head or _reads_zero(image, entries[0], first)
-    tail_is_zero = not tail or _reads_zero(image, entries[-1], first + count - 1)
-    if untouched and head_is_zero and tail_is_zero:
-        image.file.grow(host + (count << bits))
-        image.file.write(host + head, data)
+def _give_back(image: Image, place: int, count: int) -> None:
+    """Nothing was made to point to new clusters. Lock held."""
+    if not image.l2.has_data_file:
+        image.refcounts.give_back(place, count)
+
+
+def _refuse_wrong_place(image: Image, first: int, count: int) -> None:
+    """Before host clusters are filled with guest data. Lock held.
+
+    :raise ImageCorrupt: there is metadata; the image is marked, and takes no more writes.
+    """
+    if not image.l2.has_data_file:
+        image.refuse_overlap(first, count)
+
+
+def _fill(image: Image, placed: _Placed, offset: int, data: memoryview, untouched: bool) -> None:
+    """Fill host clusters: the data, and around it what the guest clusters held before."""
+    bits = placed.bits
+    end = offset + len(data)
+    shift = placed.place - placed.first << bits
+    # A data file ends with the disk.
+    limit = max(end, image.header.size) if image.l2.has_data_file else placed.end
+    beside = _joined(placed.beside(offset, end, limit))
+    is_zero = [_range_reads_zero(image, placed, *part) for part in beside]
+    if untouched and all(is_zero):
+        image.data.grow(min(limit, placed.end) + shift)
+        image.data.write(offset + shift, data)
         return
-    before, after = bytearray(head), bytearray(tail)
-    # Clusters in place hold zeroes by their flag, whatever their bytes are.
-    if is_new and not head_is_zero:
-        image.read_tree(None, start, memoryview(before))
-    if is_new and not tail_is_zero:
-        image.read_tree(None, end - tail, memoryview(after))
-    if head + tail and end - start <= _JOINED_AT_MOST:
-        image.file.write(host, b"".join((before, data, after)))
+    pieces: list[tuple[int, bytearray | memoryview]] = [(offset, data)]
+    for (low, high), is_nothing in zip(beside, is_zero, strict=True):
+        content = bytearray(high - low)
+        if not is_nothing:
+            image.read_tree(None, low, memoryview(content))
+        pieces.append((low, content))
+    pieces.sort(key=lambda piece: piece[0])
+    start, stop = pieces[0][0], pieces[-1][0] + len(pieces[-1][1])
+    if stop - start <= _JOINED_AT_MOST and sum(len(content) for _, content in pieces) == stop - start:
+        image.data.write(start + shift, data if len(pieces) == 1 else b"".join(part for _, part in pieces))
         return
-    if head:
-        image.file.write(host, before)
-    image.file.write(host + head, data)
-    if tail:
-        image.file.write(host + head + len(data), after)
+    for at, piece in pieces:
+        image.data.write(at + shift, piece)
 
 
-def _reads_zero(image: Image, entry: int, cluster: int) -> bool:
-    if entry & COMPRESSED:
+def _joined(ranges: Iterator[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges in order, those that touch as one."""
+    joined: list[tuple[int, int]] = []
+    for low, high in ranges:
+        if joined and joined[-1][1] == low:
+            joined[-1] = (joined[-1][0], high)
+        else:
+            joined.append((low, high))
+    return joined
+
+
+def _range_reads_zero(image: Image, placed: _Placed, low: int, high: int) -> bool:
+    number = (low >> placed.bits) - placed.first
+    mask = placed.touched(number, low, high)
+    return _reads_zero(image, placed.old[number], placed.first + number, mask)
+
+
+def _reads_zero(image: Image, entry: int, cluster: int, mask: int) -> bool:
+    """Whether these subclusters of a guest cluster are known to read as zeroes."""
+    if image.l2.allocated(entry) & mask:
         return False
-    if entry & ZERO:
-        return True
-    return not entry & OFFSET_MASK and not has_backing_data(image, cluster)
+    return not mask & ~image.l2.zero(entry) or not has_backing_data(image, cluster)
 
 
 def has_backing_data(image: Image, cluster: int) -> bool:
@@ -229,15 +316,13 @@ def link(
 
     :param waits: the new clusters' data must be durable first.
     """
-    bits = image.header.cluster_bits
     pending = image.pending
     dropped: list[int] = []
     for number, entry in enumerate(old):
-        points = entry & COMPRESSED or entry & OFFSET_MASK
-        replaced = points and (entry ^ new[number]) & (OFFSET_MASK | COMPRESSED)
+        replaced = (entry ^ new[number]) & (OFFSET_MASK | COMPRESSED)
         # What was there at the freeze is the pending snapshot's now.
         if replaced and (pending is None or pending.is_fresh(l1_index, index + number)):
-            dropped += host_clusters(entry, bits)
+            dropped += image.l2.counted(entry)
     table = l1_entry(image.world.l1, l1_index) & OFFSET_MASK
     if waits:
         image.mapping.defer(table, index, new)
@@ -247,48 +332,98 @@ def link(
         image.drop(dropped)
 
 
-def unmap(image: Image, first: int, last: int, *, keep_place: bool, reads_zero: bool) -> None:
-    """Take whole guest clusters, `first` to `last` included, out of the active tree.
+Range = tuple[int, int]
+"""Guest offsets: start and end."""
 
+
+def unmap(image: Image, start: int, end: int, *, keep_place: bool, reads_zero: bool) -> list[Range]:
+    """Take whole subclusters out of the active tree.
+
+    :param start: where a subcluster begins. :param end: where one ends, or the disk.
     :param keep_place: clusters that are allocated stay so, and read as zeroes (version 3).
     :param reads_zero: what lies below must not show through; else entries become unallocated.
+    :return: what stays as it was: parts of compressed clusters.
     """
     header = image.header
-    while first <= last:
-        l1_index, index = divmod(first, header.l2_entries)
-        stop = min(last, first - index + header.l2_entries - 1)
-        _unmap_in_table(image, l1_index, index, first, stop, keep_place, reads_zero)
-        first = stop + 1
-    _flush_if_due(image)
+    if end == header.size:
+        end = header.clusters_for(end) << header.cluster_bits
+    left: list[Range] = []
+    while start < end:
+        stop = min(end, (start // header.l2_span + 1) * header.l2_span)
+        left += _unmap_in_table(image, start, stop, keep_place, reads_zero)
+        start = stop
+    flush_if_due(image)
+    return left
 
 
 @wholly
-def _unmap_in_table(
-    image: Image, l1_index: int, index: int, first: int, last: int, keep_place: bool, reads_zero: bool
-) -> None:
-    flag = ZERO if reads_zero and image.header.version >= 3 else 0
+def _unmap_in_table(image: Image, start: int, end: int, keep_place: bool, reads_zero: bool) -> list[Range]:
+    l2, bits = image.l2, image.header.cluster_bits
+    first, last = start >> bits, (end - 1) >> bits
+    count = last - first + 1
+    l1_index, index = divmod(first, image.header.l2_entries)
 
     def emptied(entries: tuple[int, ...]) -> list[int]:
         new: list[int] = []
         for number, entry in enumerate(entries):
-            if not entry and not (flag and has_backing_data(image, first + number)):
+            if not entry and image.backing is None:
                 new.append(0)
-            elif keep_place and flag and entry & OFFSET_MASK and not entry & COMPRESSED:
-                new.append(entry | ZERO)
+                continue
+            base = first + number << bits
+            mask = l2.mask(start - base, end - base)
+            allocated = l2.allocated(entry) & ~mask
+            zero = l2.zero(entry) & ~mask | (mask if reads_zero else 0)
+            if entry & COMPRESSED and mask != l2.every:
+                new.append(entry)
+            elif not l2.allocated(entry) and reads_zero and not _shows(image, entry, first + number):
+                new.append(entry if keep_place or not l2.has_place(entry) else l2.placeless(zero))
+            elif l2.has_place(entry) and (allocated or (keep_place and image.header.version >= 3)):
+                new.append(l2.remade(entry, allocated, zero))
             else:
-                new.append(flag)
+                new.append(l2.placeless(zero))
         return new
 
-    with image.gate.mapping(first, last), image.gate.lock:
+    with image.gate.mapping(first, last):
+        with image.gate.lock:
+            image.refuse_if_broken()
+            table = l1_entry(image.world.l1, l1_index) & OFFSET_MASK
+            old = image.mapping.entries(table, index, count) if table else (0,) * count
+            new = emptied(old)
+            if new != list(old):
+                _note_guest_change(image)
+                table = image.own_table(l1_index)
+                old = image.mapping.entries(table, index, count)
+                for number, entry in enumerate(old):
+                    l2.check(entry, first + number)
+                new = emptied(old)
+                link(image, l1_index, index, old, new, waits=False)
+        if l2.has_data_file:
+            _discard_places(image, first, old, new)
+    ranges = [(max(start, first + n << bits), min(end, first + n + 1 << bits)) for n in range(count)]
+    return [part for part, entry in zip(ranges, new, strict=True) if entry & COMPRESSED]
+
+
+def _shows(image: Image, entry: int, cluster: int) -> bool:
+    """Whether a guest cluster without data of its own may show what lies below."""
+    return image.l2.zero(entry) != image.l2.every and has_backing_data(image, cluster)
+
+
+def _discard_places(image: Image, first: int, old: tuple[int, ...], new: list[int]) -> None:
+    """Give back the space of clusters that lost their place in the data file."""
+    bits = image.header.cluster_bits
+    for number, entry in enumerate(old):
+        if image.l2.has_place(entry) and not image.l2.has_place(new[number]):
+            image.data.discard(first + number << bits, 1 << bits)
+
+
+def zero_data_file(image: Image, offset: int, length: int, *, unmap: bool) -> None:
+    """Zeroes where the data file alone is the disk: in the file itself, so that the tables need not change."""
+    with image.gate.lock:
+        image.gate.admit_write()
         image.refuse_if_broken()
-        table = l1_entry(image.world.l1, l1_index) & OFFSET_MASK
-        count = last - first + 1
-        old = image.mapping.entries(table, index, count) if table else (0,) * count
-        if emptied(old) == list(old):
-            return
         _note_guest_change(image)
-        table = image.own_table(l1_index)
-        old = image.mapping.entries(table, index, count)
-        for entry in old:
-            image.mapping.check(entry)
-        link(image, l1_index, index, old, emptied(old), waits=False)
+        ticket = image.gate.start_write()
+    try:
+        image.data.write_zeroes(offset, length, unmap=unmap)
+    finally:
+        image.gate.end_write(ticket)
