@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from errno import EIO
 
 from stillframe.block.node import Extent, FileIdentity, ImageInfo, Node, SnapshotStore
 from stillframe.errors import io_failed
@@ -234,3 +235,25 @@ class FaultyNode(ForwardingNode):
     def flush(self) -> None:
         self._step("flush")
         super().flush()
+
+
+class UnreadableNode(ForwardingNode):
+    """Fails at the read number `fail_at` (from 0), and at that one alone.
+
+    :ivar calls: reads until now.
+    """
+
+    def __init__(self, inner: Node, fail_at: int | None) -> None:
+        super().__init__(inner)
+        self.fail_at = fail_at
+        self.calls = 0
+        self._count = threading.Lock()
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        with self._count:
+            number = self.calls
+            self.calls += 1
+        if number == self.fail_at:
+            error = OSError(EIO, os.strerror(EIO))
+            raise io_failed(f"Could not read from '{self.node_name}'", error) from error
+        super().readinto(offset, buffer)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from block.faults import FaultyNode, ForwardingNode, Log
+from block.faults import FaultyNode, ForwardingNode, Log, UnreadableNode
 from qcow2.crash_checks import content_of, open_image, opened_and_closed
 from qcow2.images import LONG, assert_only_leaks, named, take
 from qcow2.memory import MemoryNode
@@ -28,7 +28,7 @@ def label(each: object) -> str:
 
 
 def attempt(
-    name: str, options: Options, file: FaultyNode, content: Content
+    name: str, options: Options, file: FaultyNode | UnreadableNode, content: Content
 ) -> tuple[Witness, StillframeError | None]:
     """An operation on storage that fails at times: who did it, and the error that it ended with."""
     witness = Witness([file], Log(), [content], open_image)
@@ -53,6 +53,27 @@ def assert_whole(image: bytes, path: Path | None = None) -> None:
 
 def contents(image: bytes | bytearray) -> list[Content]:
     return [content_of(each) for each in open_image([MemoryNode(image, read_only=True)], read_only=True)]
+
+
+def assert_usable(name: str, options: Options, memory: MemoryNode, witness: Witness) -> None:
+    """The error has passed: the guest goes on, and what it writes is there after the next open."""
+    if witness.is_open:
+        assert allowed(witness.may_hold, [content_of(node) for node in witness.nodes])
+    if name == "close":
+        witness.open_again()
+    node = witness.node
+    size = node.size
+    node.write(1000, b"\xee" * 3000)
+    node.flush()
+    older = content_of(node).snapshots
+    if options.refcount_bits > 1:
+        take(node, "after", b"state")
+    node.write(1000, b"\xef" * 3000)
+    disk = node.read(0, size)
+    node.close()
+    (content,) = contents(memory.data)
+    assert content.disk == disk
+    assert {each: content.snapshots[each] for each in older} == older
 
 
 def errors_at_every_call(
@@ -84,27 +105,32 @@ def test_an_error_anywhere_leaves_a_usable_image_and_everything_older_whole(
 ) -> None:
     def then(memory: MemoryNode, file: FaultyNode, witness: Witness, number: int) -> None:
         file.fail_at = None
-        if witness.is_open:
-            assert allowed(witness.may_hold, [content_of(node) for node in witness.nodes])
-        if name == "close":
-            witness.open_again()
-        # The error has passed: the guest goes on, and what it writes is there after the next open.
-        node = witness.node
-        size = node.size
-        node.write(1000, b"\xee" * 3000)
-        node.flush()
-        older = content_of(node).snapshots
-        if options.refcount_bits > 1:
-            take(node, "after", b"state")
-        node.write(1000, b"\xef" * 3000)
-        disk = node.read(0, size)
-        node.close()
-        (content,) = contents(memory.data)
-        assert content.disk == disk
-        assert {each: content.snapshots[each] for each in older} == older
+        assert_usable(name, options, memory, witness)
         assert_whole(bytes(memory.data), tmp_path / "image.qcow2" if number % 6 == 0 or LONG else None)
 
     errors_at_every_call(name, options, False, then)
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY, ids=label)
+def test_a_place_that_cannot_be_read_costs_nothing_and_goes_into_no_table(
+    name: str, options: Options
+) -> None:
+    start = OPERATIONS[name].scene(options)
+    number = 0
+    while True:
+        memory = MemoryNode(start.image)
+        file = UnreadableNode(memory, number)
+        witness, error = attempt(name, options, file, start.content)
+        if file.calls <= number:
+            break
+        if error is not None and not isinstance(error, NotBroughtBack):
+            assert isinstance(error, IOFailed)
+            assert "memory" in error.message
+        file.fail_at = None
+        assert_usable(name, options, memory, witness)
+        assert_whole(bytes(memory.data))
+        number += 1
+    assert number > 5
 
 
 @pytest.mark.parametrize(("name", "options"), EVERY, ids=label)
