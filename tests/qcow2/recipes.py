@@ -26,6 +26,7 @@ class Recipe:
     :param clusters: of the disk; cut so that it stays small. :param odd: further sectors.
     :param packed: the compression of what it holds at first; None for an empty one.
     :param bitmap: whether it has a persistent bitmap, which holds reverts and resizes back.
+    :param data_file: "raw" or "plain": the disk's bytes lie in a file of their own.
     :param below: what its backing file is; None for none. :param shift: sectors that one is longer than the disk.
     """
 
@@ -40,6 +41,7 @@ class Recipe:
     lazy_refcounts: bool
     by_qemu: bool
     bitmap: bool
+    data_file: str | None
     seed: int
 
     @property
@@ -78,9 +80,13 @@ class Recipe:
             backing = ["-B", name, "-F", kind] if name else []
             words = [*backing, "-o", self._words(packed=True)]
             qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", *words, directory / "source.raw", path)
-        elif self.by_qemu:
+        elif self.by_qemu or self.data_file:
             backing = ["-b", name, "-F", kind] if name else []
-            qemu_img("create", "-f", "qcow2", *backing, "-o", self._words(packed=False), path, str(self.size))
+            words = self._words(packed=False)
+            if self.data_file:
+                raw = "on" if self.data_file == "raw" else "off"
+                words += f",data_file={directory / 'data.raw'},data_file_raw={raw}"
+            qemu_img("create", "-f", "qcow2", *backing, "-o", words, path, str(self.size))
         else:
             options: dict[str, Any] = {"backing_file": name, "backing_format": kind} if name else {}
             if self.lazy_refcounts:
@@ -158,6 +164,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
     compat = draw(st.sampled_from(["1.1", "1.1", "1.1", "0.10"]))
     v3 = compat == "1.1"
     packed = draw(st.sampled_from([None, None, "zlib", "zstd"]))
+    data_file = draw(st.sampled_from([None, None, None, None, "plain", "raw"])) if v3 and not packed else None
+    below = draw(st.sampled_from([None, None, "raw", "json", "packed", "two"]))
     return Recipe(
         compat=compat,
         cluster_size=draw(st.sampled_from(CLUSTER_SIZES)),
@@ -165,10 +173,11 @@ def recipes(draw: st.DrawFn) -> Recipe:
         clusters=draw(st.integers(1, 300)),
         odd=draw(st.integers(0, 3)),
         packed="zlib" if packed == "zstd" and not v3 else packed,
-        below=draw(st.sampled_from([None, None, "raw", "json", "packed", "two"])),
+        below=None if data_file == "raw" else below,
         shift=draw(st.sampled_from([0, -3000, -5, 7, 3000])),
         lazy_refcounts=v3 and draw(st.booleans()),
         by_qemu=draw(st.booleans()),
         bitmap=v3 and not draw(st.integers(0, 5)),
+        data_file=data_file,
         seed=draw(st.integers(0, 1000)),
     )
