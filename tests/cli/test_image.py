@@ -160,6 +160,7 @@ def test_what_is_created_is_what_qemu_img_creates(tmp_path: Path) -> None:
             (["-o", "compat=0.10"], ["-o", "compat=0.10"], "1.5K"),
             (["-o", "cluster_size=4k,refcount_bits=64"], ["-o", "cluster_size=4k,refcount_bits=64"], "1T"),
             (["-o", "lazy_refcounts=on"], ["-o", "lazy_refcounts=on"], "0"),
+            (["-o", "compression_type=zstd"], ["-o", "compression_type=zstd"], "3M"),
         )
     ):
         first, second = tmp_path / f"{number}.ours", tmp_path / f"{number}.theirs"
@@ -175,6 +176,49 @@ def test_what_is_created_is_what_qemu_img_creates(tmp_path: Path) -> None:
         assert f"({found[0]['virtual-size']} bytes)" in made.stdout
         if "-f" not in ours:
             assert "No errors" in qemu_img("check", first)
+
+
+@pytest.mark.parametrize("version", QEMU_VERSIONS)
+@pytest.mark.parametrize(
+    "options",
+    ["", ",cluster_size=512", ",refcount_bits=1,cluster_size=4k", ",compat=0.10", ",cluster_size=2M"],
+)
+def test_a_preallocated_image_has_every_cluster_in_its_place(
+    options: str, version: str, tmp_path: Path
+) -> None:
+    ours, theirs = tmp_path / "ours.qcow2", tmp_path / "theirs.qcow2"
+    for how in ("metadata", "falloc", "full"):
+        words = ("-o", f"preallocation={how}{options}")
+        assert in_process("image", "create", "-q", "--force", *words, ours, "21M").code == 0
+        qemu_img("create", "-q", "-f", "qcow2", *words, theirs, "21M", version=version)
+        found = [
+            json.loads(qemu_img("check", "--output=json", path, version=version)) for path in (ours, theirs)
+        ]
+        ends = [each.pop("image-end-offset") for each in found if each.pop("filename")]
+        assert ends[0] <= ends[1]
+        assert found[0] == found[1]
+        taken = ours.stat().st_blocks * 512
+        assert (taken < 14 << 20) if how == "metadata" else (taken > 21 << 20)
+        qemu_img("compare", ours, theirs, version=version)
+    qemu_io(ours, "write -P 1 1M 19M")
+    assert "No errors" in qemu_img("check", ours, version=version)
+
+
+def test_a_preallocated_image_of_many_tables_is_clean(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    assert in_process("image", "create", "-q", "-o", "preallocation=metadata", path, "1T").code == 0
+    said = json.loads(qemu_img("check", "--output=json", path))
+    assert said["allocated-clusters"] == said["total-clusters"] == 1 << 24
+    assert "fragmented-clusters" not in said
+    assert path.stat().st_blocks * 512 < 200 << 20
+
+
+@pytest.mark.parametrize("how", ["falloc", "full"])
+def test_space_is_taken_for_a_raw_image_where_asked(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "disk.raw"
+    assert in_process("image", "create", "-f", "raw", "-o", f"preallocation={how}", path, "3M").code == 0
+    assert path.read_bytes() == bytes(3 << 20)
+    assert path.stat().st_blocks * 512 >= 3 << 20
 
 
 def test_an_overlay_takes_the_size_of_what_it_stands_on(image: Path) -> None:

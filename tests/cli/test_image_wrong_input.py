@@ -14,11 +14,15 @@ from peers import peer
 COMMANDS = [
     ("info",),
     ("check",),
+    ("map",),
     ("snapshot", "list"),
     ("snapshot", "create", "IMAGE", "tag"),
     ("snapshot", "apply", "IMAGE", "tag"),
     ("snapshot", "delete", "IMAGE", "tag"),
+    ("resize", "IMAGE", "16M"),
 ]
+SNAPSHOTS = [words for words in COMMANDS if words[0] == "snapshot" and "IMAGE" in words]
+CHANGING = [words for words in COMMANDS if "IMAGE" in words]
 
 
 def on(words: tuple[str, ...], path: Path) -> tuple[str, ...]:
@@ -55,7 +59,7 @@ def test_not_qcow2(tmp_path: Path) -> None:
     for words in COMMANDS:
         refused = in_process(*on(words, path), "-f", "qcow2")
         assert_one_sentence(refused, "Image is not in qcow2 format")
-    for words in COMMANDS[3:]:
+    for words in SNAPSHOTS:
         assert_one_sentence(in_process(*on(words, path)), "disk.raw", "cannot keep snapshots")
     assert_one_sentence(in_process(*on(("check",), path)), "does not support checks", code=63)
     assert path.read_bytes() == b"x" * 100_000
@@ -91,7 +95,8 @@ def as_nobody(*arguments: str) -> Outcome:
         "import os, sys\n"
         "import stillframe.cli.image, stillframe.cli.main, stillframe.block.graph, stillframe.block.create\n"
         "import stillframe.block.qcow2, stillframe.block.describe, stillframe.snapshots.group, uuid\n"
-        "import stillframe.block.qcow2.check, stillframe.block.qcow2.repair\n"
+        "import stillframe.block.qcow2.check, stillframe.block.qcow2.repair, stillframe.block.qcow2.resize\n"
+        "import stillframe.block.qcow2.preallocation, stillframe.block.compare\n"
         "if os.getuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         f"sys.argv = ['stillframe', *{list(arguments)!r}]\n"
         "stillframe.cli.main.main()"
@@ -123,7 +128,7 @@ def test_no_permission_to_write(reachable: Path) -> None:
     before = reachable.read_bytes()
     assert as_nobody(*on(("info",), reachable)).code == 0
     assert as_nobody(*on(("check",), reachable)).code == 0
-    for words in (*COMMANDS[3:], ("check", "--repair", "all")):
+    for words in (*CHANGING, ("check", "--repair", "all")):
         refused = as_nobody(*on(words, reachable))
         assert_one_sentence(refused, f"Could not open '{reachable}': Permission denied")
     new = reachable.parent / "new.qcow2"
@@ -200,12 +205,55 @@ def test_a_full_file_system(tmp_path: Path) -> None:
         (("create", "x.qcow2", "-o", "refcount_bits=3", "1M"), "Refcount width", 1),
         (("create", "x.qcow2", "-o", "lazy_refcounts=maybe", "1M"), "'on' or 'off'", 1),
         (("create", "x.qcow2", "-o", "extended_l2=on", "1M"), "'extended_l2'", 1),
-        (("create", "x.qcow2", "-o", "preallocation=full", "1M"), "'preallocation'", 1),
+        (("create", "x.qcow2", "-o", "preallocation=some", "1M"), "'preallocation'", 1),
+        (
+            ("create", "x.qcow2", "-o", "preallocation=full", "-b", "nx", "-F", "raw"),
+            "Could not open 'nx'",
+            1,
+        ),
+        (
+            ("create", "x.raw", "-f", "raw", "-o", "preallocation=metadata", "1M"),
+            "Unsupported preallocation",
+            1,
+        ),
+        (
+            ("create", "x.raw", "-f", "raw", "-o", "cluster_size=4k", "1M"),
+            "Invalid parameter 'cluster_size'",
+            1,
+        ),
+        (("create", "x.qcow2", "-o", "compression_type=lzo", "1M"), "'compression_type'", 1),
+        (("create", "x.qcow2", "-o", "compression_type=zstd,compat=0.10", "1M"), "Non-zlib", 1),
+        (
+            ("create", "x.qcow2", "-o", "cluster_size=512,refcount_bits=64,preallocation=metadata", "60G"),
+            "too large",
+            1,
+        ),
+        (("convert", "x"), "TARGET", 2),
+        (("convert", "nx", "x.raw"), "Could not open 'nx'", 1),
+        (("convert", "-c", "nx", "x.raw"), "Compression not supported for this file format", 1),
+        (
+            ("convert", "-c", "-O", "qcow2", "-o", "preallocation=full", "nx", "x"),
+            "not supported at the same time",
+            1,
+        ),
+        (("convert", "-S", "x", "nx", "x.raw"), "'x' is not a size", 2),
+        (("convert", "-B", "nx", "nx", "x.raw"), "Backing file not supported for file format 'raw'", 1),
+        (("convert", "-O", "qcow2", "-B", "nx", "nx", "x.qcow2"), "without backing format", 1),
+        (("convert", "-n", "-o", "cluster_size=4k", "nx", "x.qcow2"), "-n takes the target as it is", 2),
+        (("convert", "-O", "vmdk", "nx", "x.vmdk"), "vmdk", 2),
         (("create", "x.qcow2", "-b", "nx"), "without backing format", 1),
         (("create", "x.qcow2", "-b", "nx", "-F", "qcow2"), "Could not open", 1),
         (("create", "x.qcow2", "-F", "qcow2", "1M"), "without backing file", 1),
         (("create", "x.raw", "-f", "raw", "-b", "nx", "1M"), "no backing file", 1),
         (("create", "no/such/x.qcow2", "1M"), "No such file or directory", 1),
+        (("resize", "x.qcow2"), "SIZE", 2),
+        (("resize", "x.qcow2", "10X"), "'10X' is not a size", 2),
+        (("resize", "x.qcow2", "+-5"), "'+-5' is not a size", 2),
+        (("resize", "x.qcow2", "+5M"), "Could not open 'x.qcow2'", 1),
+        (("resize", "--preallocation", "some", "x", "1M"), "some", 2),
+        (("map", "-s", "x", "y"), "'x' is not a size", 2),
+        (("compare", "x"), "SECOND", 2),
+        (("compare", "x", "y"), "Could not open 'x'", 2),
         (("create",), "FILE", 2),
         (("info",), "FILE", 2),
         (("info", "a", "b"), "b", 2),
@@ -256,3 +304,24 @@ def test_output_that_finds_no_room_is_a_failure_in_one_sentence(
             text=True,
         )
     assert (done.returncode, done.stderr) == (1, "stillframe: Could not go on: No space left on device\n")
+
+
+def test_a_copy_without_room_leaves_nothing(image: Path) -> None:
+    for words in (("-O", "raw"), ("-O", "qcow2"), ("-c", "-O", "qcow2", "-o", "cluster_size=4k")):
+        copy = image.with_name("copy")
+        refused = stillframe("image", "convert", *words, image, copy, preexec=limited_to(10_000))
+        assert_one_sentence(refused, "copy", "File too large", "Make room")
+        assert [each.name for each in image.parent.iterdir()] == [image.name]
+
+
+def test_what_the_copy_takes_is_checked_before_anything_is_read(image: Path) -> None:
+    copy = image.with_name("copy")
+    for size in ("100", "32M"):
+        refused = in_process("image", "convert", "-S", size, image, copy)
+        assert_one_sentence(refused, "Invalid buffer size for sparse output")
+    raw = image.with_name("disk.raw")
+    raw.write_bytes(b"x" * 1024)
+    assert_one_sentence(in_process("image", "convert", "-l", "tag", raw, copy), "Can't find snapshot 'tag'")
+    refused = in_process("image", "convert", "-c", "-n", image, raw)
+    assert_one_sentence(refused, "smaller")
+    assert {each.name for each in image.parent.iterdir()} == {image.name, "disk.raw"}

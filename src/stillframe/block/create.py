@@ -2,26 +2,36 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, Literal
 
-from stillframe.block.file import FileNode, remove_file, same_file
-from stillframe.errors import AlreadyExists, InvalidRequest
+from stillframe.block.file import FileNode, file_beside, remove_file, same_file
+from stillframe.block.node import Node
+from stillframe.block.opening import protocol_file
+from stillframe.errors import AlreadyExists, InvalidRequest, StillframeError, Unsupported
+
+Preallocation = Literal["off", "metadata", "falloc", "full"]
+
+_ZEROES = bytes(1 << 20)
 
 MAX_SIZE = (1 << 63) - 512
 """The largest disk, in bytes, that QEMU's tools take."""
 
 
-def create_raw(filename: str, size: int, *, replace: bool = False) -> None:
-    """A raw image of so many zeroes, sparse.
+def create_raw(
+    filename: str, size: int, *, replace: bool = False, preallocation: Preallocation = "off"
+) -> None:
+    """A raw image of so many zeroes.
 
     :param size: bytes; rounded up to a multiple of 512, as qemu-img does it.
     :param replace: an existing file of that name is lost, instead of refused.
+    :param preallocation: "falloc" reserves the space, "full" writes the zeroes; else the file is sparse.
     :raise AlreadyExists: see `replace`. :raise NoSpace: and other errors of storage; no new file is left.
     """
     _refuse_size(size)
+    _refuse_metadata_alone(preallocation)
     with _new_file(filename, replace) as file:
-        file.truncate(-(-size // 512) * 512)
+        _fill_raw(file, size, preallocation)
         file.flush()
 
 
@@ -53,6 +63,89 @@ def create_qcow2(
                 raise InvalidRequest("The data file cannot be the image itself")
             options["data"] = files.enter_context(_new_file(path, replace))
         create_image(file, size, **options)
+
+
+@contextmanager
+def new_image(
+    filename: str,
+    kind: str,
+    size: int,
+    *,
+    replace: bool = False,
+    options: Mapping[str, Any] | None = None,
+    backing: Node | None = None,
+) -> Iterator[Node]:
+    """A new image to be filled, which takes its name when the block has ended, whole and durable.
+
+    Before that it lies beside that name, and whatever ends the block removes it (`file_beside`).
+
+    :param kind: "raw" or "qcow2". :param size: of the disk, bytes. :param replace: once it is whole, instead of an existing file.
+    :param options: as `create_raw` and `create_qcow2` take them. :param backing: the open node that shows below it.
+    """
+    from stillframe.block.raw import RawNode
+
+    _refuse_size(size)
+    settings = dict(options or {})
+    if kind == "raw":
+        _refuse_metadata_alone(settings.get("preallocation", "off"))
+    with file_beside("file", filename, replace=replace) as file:
+        node: Node
+        if kind == "raw":
+            _fill_raw(file, size, settings.get("preallocation", "off"))
+            node = RawNode("image", file)
+        else:
+            from stillframe.block.qcow2 import Qcow2Node, create_image
+
+            create_image(file, size, **settings)
+            node = Qcow2Node("image", file, backing=backing)
+        try:
+            yield node
+        except BaseException:
+            with suppress(StillframeError):
+                node.close()
+            raise
+        node.close()
+
+
+def _fill_raw(file: FileNode, size: int, preallocation: Preallocation) -> None:
+    file.truncate(-(-size // 512) * 512)
+    _take_space(file, 0, file.size, preallocation)
+
+
+def _refuse_metadata_alone(preallocation: Preallocation) -> None:
+    if preallocation == "metadata":
+        raise Unsupported(
+            f"Unsupported preallocation mode: {preallocation}",
+            remedy="A raw image has no metadata: it takes falloc and full.",
+        )
+
+
+def grow_raw(node: Node, size: int, preallocation: Preallocation) -> None:
+    """Make a raw disk larger, with space taken for what is new, durably; on an error it has the size that it had.
+
+    :param preallocation: "falloc" reserves the space, "full" writes zeroes to it.
+    :raise NoSpace: there is not so much.
+    """
+    file = protocol_file(node)
+    if file is None:
+        raise Unsupported(f"Node '{node.node_name}' has no file to take space for")
+    before, new = node.size, size - node.size
+    start = file.size
+    try:
+        _take_space(file, start, new, preallocation)
+        node.flush()
+    except BaseException:
+        node.truncate(before)
+        raise
+
+
+def _take_space(file: FileNode, offset: int, length: int, preallocation: Preallocation) -> None:
+    if preallocation == "falloc":
+        file.reserve(offset, length)
+    elif preallocation == "full":
+        file.truncate(offset + length)
+        for at in range(offset, offset + length, len(_ZEROES)):
+            file.write(at, memoryview(_ZEROES)[: offset + length - at])
 
 
 def _refuse_size(size: int) -> None:

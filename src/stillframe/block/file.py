@@ -5,14 +5,17 @@ All I/O is positioned (`preadv`, `pwrite`), so any number of threads may use one
 write and would report success next.
 """
 
+import contextlib
 import errno
 import os
+import secrets
 import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
-from typing import Literal
+from typing import Literal, Self
 
 from stillframe.block.bounds import refuse_outside, refuse_read_only, refuse_write
 from stillframe.block.locks import ImageLock, file_can_be_locked
@@ -74,7 +77,7 @@ class FileNode(Node):
     @classmethod
     def create(
         cls, node_name: str, filename: str, *, replace: bool = False, locking: Locking = "auto"
-    ) -> "FileNode":
+    ) -> Self:
         """A new, empty file, opened for writing, with its name made durable.
 
         :param replace: take over an existing file of that name, and empty it, instead of refusing.
@@ -84,9 +87,7 @@ class FileNode(Node):
             mode = os.O_CREAT if replace else os.O_CREAT | os.O_EXCL
             fd = os.open(filename, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | mode, 0o644)
         except FileExistsError as error:
-            raise AlreadyExists(
-                f"'{filename}' exists already", remedy="Choose another name, or remove that file first."
-            ) from error
+            raise _exists_already(filename) from error
         except OSError as error:
             raise _open_failed(filename, error, "Could not create") from error
         node = cls.__new__(cls)
@@ -238,6 +239,21 @@ class FileNode(Node):
                 raise io_failed(f"Could not resize '{self.filename}'", error) from error
             self._size = size
 
+    def reserve(self, offset: int, length: int) -> None:
+        """Take space for a range, which reads as before; the file grows to its end if it is shorter.
+
+        :raise NoSpace: there is not so much.
+        """
+        refuse_read_only(self)
+        if length <= 0:
+            return
+        with self._resize_lock:
+            try:
+                os.posix_fallocate(self._fd, offset, length)
+            except OSError as error:
+                raise self._write_failed(error) from error
+            self._size = max(self._size, offset + length)
+
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         refuse_outside(self, offset, length, "map")
         end = offset + length
@@ -298,6 +314,92 @@ class FileNode(Node):
 
     def _flush_failed(self, error: OSError) -> IOFailed:
         return io_failed(f"Could not flush '{self.filename}'", error)
+
+
+class _Unflushed(FileNode):
+    """One that nobody can know yet: it is flushed once, when it is whole."""
+
+    def flush(self) -> None:
+        """Put off until `make_durable`."""
+
+    def make_durable(self) -> None:
+        """The flush that was put off."""
+        super().flush()
+
+    def take_rights_of(self, other: FileNode) -> None:
+        """Owner, as far as we may give it away, and mode."""
+        found = os.fstat(other._fd)
+        with contextlib.suppress(PermissionError):
+            os.fchown(self._fd, found.st_uid, found.st_gid)
+        os.fchmod(self._fd, stat.S_IMODE(found.st_mode))
+
+
+@contextmanager
+def file_beside(node_name: str, filename: str, *, replace: bool = False) -> Iterator[FileNode]:
+    """A new file to be filled; once the block has ended it is made durable and takes the name.
+
+    Until then it lies beside that name, with ".unfinished-" and some digits behind. Whatever ends the block early removes it,
+    and what had the name before stays as it is; what kills the process leaves it.
+
+    :param replace: take the name, the owner and the mode of an existing file. :raise AlreadyExists: there is one.
+    :raise InUse: it is in use. :raise Unsupported: it is a device.
+    """
+    final = os.path.realpath(filename)
+    with contextlib.ExitStack() as stack:
+        before: FileNode | None = None
+        if os.path.lexists(final):
+            if not replace:
+                raise _exists_already(filename)
+            # Its locks are held until it is replaced: nobody can have it open.
+            before = FileNode("replaced", final)
+            stack.callback(before.close)
+            if before.driver != "file":
+                raise Unsupported(f"'{filename}' is a device, which cannot be replaced")
+        file = _Unflushed.create(node_name, f"{final}.unfinished-{secrets.token_hex(4)}")
+        try:
+            yield file
+            if before is not None:
+                file.take_rights_of(before)
+            file.make_durable()
+            file.close()
+            _put_in_place(file.filename, final, filename, replace)
+        except BaseException:
+            file.close()
+            with contextlib.suppress(OSError):
+                os.unlink(file.filename)
+            raise
+
+
+def _put_in_place(made: str, final: str, filename: str, replace: bool) -> None:
+    try:
+        if replace:
+            os.replace(made, final)
+        else:
+            _rename_to_new(made, final, filename)
+    except OSError as error:
+        raise io_failed(f"Could not create '{filename}'", error) from error
+    _sync_directory(final)
+
+
+def _rename_to_new(made: str, final: str, filename: str) -> None:
+    """Unlike a rename, a link does not replace what somebody else has put there meanwhile."""
+    try:
+        os.link(made, final)
+    except FileExistsError as error:
+        raise _exists_already(filename) from error
+    except OSError:
+        # A file system without links.
+        if os.path.lexists(final):
+            raise _exists_already(filename) from None
+        os.rename(made, final)
+    else:
+        os.unlink(made)
+
+
+def _exists_already(filename: str) -> AlreadyExists:
+    return AlreadyExists(
+        f"'{filename}' exists already", remedy="Choose another name, or remove that file first."
+    )
 
 
 def remove_file(filename: str) -> None:

@@ -1,14 +1,23 @@
 """`stillframe image`: images at rest, without a machine."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from stillframe.cli.image_open import FORMATS, force_share_option, format_option, opened, probed
+from stillframe.cli.image_compare import compare
+from stillframe.cli.image_convert import convert
+from stillframe.cli.image_create import create
+from stillframe.cli.image_map import map_image
+from stillframe.cli.image_open import (
+    force_share_option,
+    format_option,
+    opened,
+    probed,
+)
+from stillframe.cli.image_resize import resize
 from stillframe.cli.image_snapshot import snapshot, snapshot_lines
-from stillframe.cli.present import format_size, parse_size, print_json, printable
-from stillframe.errors import InvalidRequest, Unsupported
+from stillframe.cli.present import format_size, print_json, printable
 
 if TYPE_CHECKING:
     from stillframe.block.node import ImageInfo, Node
@@ -20,153 +29,22 @@ EXIT_LEAKS = 3
 EXIT_NO_CHECK = 63
 
 
-def _read_size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
-    if text is None:
-        return None
-    try:
-        return parse_size(text)
-    except ValueError:
-        raise click.BadParameter(
-            f"'{text}' is not a size. You may use k, M, G, T, P or E suffixes for kilobytes, megabytes, "
-            "gigabytes, terabytes, petabytes and exabytes."
-        ) from None
-
-
 @click.group(
     epilog="""\b
 EXAMPLES
   stillframe image create disk.qcow2 10G
   stillframe image info --json disk.qcow2
   stillframe image check disk.qcow2
+  stillframe image convert -O qcow2 disk.raw disk.qcow2
+  stillframe image resize disk.qcow2 +1G
   stillframe image snapshot create disk.qcow2 before-upgrade"""
 )
 def image() -> None:
-    """Create, describe, check and snapshot disk images.
+    """Create, describe, check, compare, convert, resize and snapshot disk images.
 
     The images stay ordinary: qemu-img reads them, and these commands read those of qemu-img. An image that a
     machine has open is refused: its lock says so.
     """
-
-
-@image.command(
-    epilog="""\b
-OPTIONS OF qcow2, as -o NAME=VALUE[,NAME=VALUE]
-  cluster_size    512 to 2M, a power of two (64k)
-  refcount_bits   1, 2, 4, 8, 16, 32 or 64 (16)
-  compat          1.1 or 0.10 (1.1)
-  lazy_refcounts  on or off (off)
-
-\b
-EXAMPLES
-  stillframe image create disk.qcow2 10G
-  stillframe image create -o cluster_size=4k disk.qcow2 512M
-  stillframe image create -b base.qcow2 -F qcow2 overlay.qcow2
-  stillframe image create -f raw vars.raw 64M"""
-)
-@click.option(
-    "-f", "--format", "kind", type=FORMATS, default="qcow2", show_default=True, help="What to make."
-)
-@click.option(
-    "-o", "options", multiple=True, metavar="NAME=VALUE,...", help="Options of the format, see below."
-)
-@click.option("-b", "--backing", metavar="FILE", help="Show this image where the new one has no data yet.")
-@click.option("-F", "--backing-format", type=FORMATS, help="The backing image's format; -b needs it.")
-@click.option("--force", is_flag=True, help="Replace a file of that name; what it held is lost.")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing on success.")
-@click.argument("file")
-@click.argument("size", callback=_read_size, required=False)
-def create(
-    kind: str,
-    options: tuple[str, ...],
-    backing: str | None,
-    backing_format: str | None,
-    force: bool,
-    quiet: bool,
-    file: str,
-    size: int | None,
-) -> None:
-    """Make an image FILE of SIZE bytes (10G, 1.5T); with -b, of the backing image's size.
-
-    An existing file is not replaced, as qemu-img would: say --force.
-    """
-    from stillframe.block.create import create_qcow2, create_raw
-
-    settings = _qcow2_settings(options)
-    if kind == "raw":
-        if settings or backing:
-            raise InvalidRequest(
-                "A raw image has no options and no backing file", remedy="Make a qcow2 image: -f qcow2."
-            )
-        create_raw(file, _given(file, size), replace=force)
-    else:
-        if backing is not None:
-            size = _size_over(file, size, backing, backing_format)
-            settings |= {"backing_file": backing, "backing_format": backing_format}
-        elif backing_format is not None:
-            raise InvalidRequest("Backing format cannot be used without backing file")
-        create_qcow2(file, _given(file, size), replace=force, options=settings)
-    if not quiet:
-        with opened(file, kind) as node:
-            click.echo(f"Created '{printable(file)}': {kind}, {format_size(node.size)} ({node.size} bytes)")
-
-
-def _given(file: str, size: int | None) -> int:
-    if size is None:
-        raise InvalidRequest(
-            f"{file}: Image creation needs a size parameter", remedy="Give SIZE after FILE, as 10G."
-        )
-    return size
-
-
-def _size_over(file: str, size: int | None, backing: str, backing_format: str | None) -> int:
-    """The new image's size, after a look at what it is to stand on."""
-    from stillframe.block.file import same_file
-    from stillframe.block.opening import full_backing_name
-
-    if backing_format is None:
-        raise InvalidRequest(
-            f"{file}: Backing file specified without backing format", remedy="Say -F qcow2 or -F raw."
-        )
-    below = full_backing_name(file, backing)
-    if same_file(file, below):
-        raise InvalidRequest(f"{file}: Trying to create an image with the same filename as the backing file")
-    with opened(below, backing_format, with_backing=True) as node:
-        return node.size if size is None else size
-
-
-def _qcow2_settings(options: tuple[str, ...]) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    for option in ",".join(options).split(",") if options else ():
-        name, _, value = option.partition("=")
-        if name in ("cluster_size", "refcount_bits"):
-            try:
-                settings[name] = parse_size(value)
-            except ValueError as error:
-                raise InvalidRequest(f"Parameter '{name}' expects a size") from error
-        elif name == "compat":
-            settings[name] = {"v2": "0.10", "v3": "1.1"}.get(value, value)
-        elif name == "lazy_refcounts":
-            if value not in ("on", "off"):
-                raise InvalidRequest(f"Parameter '{name}' expects 'on' or 'off'")
-            settings[name] = value == "on"
-        elif name in _NOT_DONE:
-            if value != _NOT_DONE[name]:
-                raise Unsupported(f"Parameter '{name}' with the value '{value}' is not supported")
-        else:
-            raise InvalidRequest(f"Invalid parameter '{name}'", remedy="See stillframe image create --help.")
-    return settings
-
-
-_NOT_DONE = {
-    "preallocation": "off",
-    "extended_l2": "off",
-    "compression_type": "zlib",
-    "data_file_raw": "off",
-    "encryption": "off",
-    "data_file": "",
-    "encrypt.format": "",
-}
-"""What qemu-img knows and we do not, with the value that asks for nothing."""
 
 
 @image.command(
@@ -335,4 +213,5 @@ def _print_check(result: "CheckResult") -> None:
         click.echo(f"Image end offset: {result.image_end_offset}")
 
 
-image.add_command(snapshot)
+for command in (create, map_image, compare, convert, resize, snapshot):
+    image.add_command(command)

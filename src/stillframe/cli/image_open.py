@@ -1,10 +1,12 @@
-"""What every command on an image has in common: its options, and the image as an open node."""
+"""What the commands on images have in common: options, sizes, and an image as an open node."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
+
+from stillframe.cli.present import parse_size
 
 if TYPE_CHECKING:
     from stillframe.block.node import Node
@@ -21,6 +23,24 @@ force_share_option = click.option(
     help="Look at an image that a running machine writes; what is shown may be half a change.",
 )
 
+progress_option = click.option(
+    "-p", "--progress", is_flag=True, help="Show how far it is where nobody watches, too, as percentages."
+)
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Say nothing on success.")
+
+
+def read_size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    """A callback of click's for sizes with a suffix."""
+    if text is None:
+        return None
+    try:
+        return parse_size(text)
+    except ValueError:
+        raise click.BadParameter(
+            f"'{text}' is not a size. You may use k, M, G, T, P or E suffixes for kilobytes, megabytes, "
+            "gigabytes, terabytes, petabytes and exabytes."
+        ) from None
+
 
 @contextmanager
 def opened(
@@ -30,8 +50,13 @@ def opened(
     writable: bool = False,
     force_share: bool = False,
     with_backing: bool = False,
+    keep_still: bool = False,
 ) -> "Iterator[Node]":
-    """The image as a node; nobody may write to one whose format was only found out to be raw."""
+    """The image as a node.
+
+    :param keep_still: nobody else may write to it meanwhile, as always where it is `writable`; but for `force_share`. Else that
+        is so for formats with tables alone, as in QEMU.
+    """
     from stillframe.block.graph import BlockGraph
     from stillframe.block.options import NodeOptions
 
@@ -43,7 +68,7 @@ def opened(
         }
         if driver == "qcow2" and not with_backing:
             children["backing"] = None
-        yield graph.blockdev_add(
+        node = graph.blockdev_add(
             NodeOptions(
                 driver,
                 node_name="image",
@@ -52,6 +77,9 @@ def opened(
                 children=children,
             )
         )
+        if (keep_still or writable) and not force_share:
+            graph.use(node, "this command", writable=writable)
+        yield node
     finally:
         graph.close()
 

@@ -3,13 +3,16 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from stillframe.cli.present import printable
-from stillframe.client import ProgressListener
+
+if TYPE_CHECKING:
+    from stillframe.client import ProgressListener
 
 
 @contextmanager
-def progress_bar(words: str, *, shown: bool) -> Iterator[ProgressListener | None]:
+def progress_bar(words: str, *, shown: bool) -> "Iterator[ProgressListener | None]":
     """A bar on standard error while the block lasts; None where it is not a terminal or not wanted.
 
     :param words: what is being done, as "Saving before-upgrade".
@@ -35,3 +38,24 @@ def progress_bar(words: str, *, shown: bool) -> Iterator[ProgressListener | None
                 progress.update(task, completed=done, total=total)
 
         yield listener
+
+
+@contextmanager
+def work_progress(words: str, *, asked: bool, quiet: bool) -> "Iterator[ProgressListener | None]":
+    """The bar for work of this very process; where nobody watches, percentages as qemu-img's, if asked for."""
+    if quiet or sys.stderr.isatty() or not asked:
+        with progress_bar(words, shown=not quiet) as listener:
+            yield listener
+        return
+    last = ""
+
+    def percentages(done: int, total: int) -> None:
+        nonlocal last
+        text = f"    ({100 * done / total if total else 100:.2f}/100%)"
+        if text != last:
+            last = text
+            print(text, end="\r", flush=True)
+
+    percentages(0, 1)
+    yield percentages
+    print()

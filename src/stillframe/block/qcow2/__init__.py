@@ -4,8 +4,10 @@ layout, snapshot_table, lineage, widths   the bytes: header, snapshot table, our
 image_file, gate, image                   an open image: its file, its lock and who uses it, its tables in force
 mapping, l2_entry, refcounts              where a disk's bytes lie, which clusters are free
 reading, compression                      what lies there, as bytes
-writing, resize, create                   what changes the active tree
+writing, packing, resize                  what changes the active tree
+create, preallocation                     new images
 pending, shadow, changes, snapshots       what changes the list of snapshots: frozen, prepared, switched
+view                                      a snapshot's disk, to be read
 check, repair, bitmaps                    whether the tables agree, and how they are made to
 node                                      all of it as a block node
 """

@@ -4,9 +4,8 @@ from typing import Literal
 
 from stillframe.block.node import Node
 from stillframe.block.qcow2.image_file import ImageFile
-from stillframe.block.qcow2.l2_entry import L2Format
 from stillframe.block.qcow2.layout import (
-    COPIED,
+    COMPRESSION_TYPE,
     DATA_FILE,
     EXTENSION_BACKING_FORMAT,
     EXTENSION_DATA_FILE,
@@ -24,6 +23,9 @@ from stillframe.block.qcow2.layout import (
 from stillframe.errors import InvalidRequest
 
 Compat = Literal["0.10", "1.1"]
+Preallocation = Literal["off", "metadata", "falloc", "full"]
+
+_BLOCKS_AT_ONCE = 16
 
 
 def create_image(
@@ -36,18 +38,23 @@ def create_image(
     backing_file: str | None = None,
     backing_format: str | None = None,
     lazy_refcounts: bool = False,
+    compression_type: str = "zlib",
+    preallocation: Preallocation = "off",
     data: Node | None = None,
     data_file: str | None = None,
     data_file_raw: bool = False,
 ) -> None:
     """Make a node hold an empty image; what it held is lost. Everything is durable at the return.
 
-    :param file: open and writable; made as long as the image's tables.
+    :param file: open and writable; made as long as the image's tables, and the disk where that is preallocated.
     :param data: open and writable, empty: where guest data is to lie; made as long as the disk.
     :param data_file: its name, to be recorded. :param data_file_raw: it is to be the disk as a raw image at all times.
     :param size: of the disk, in bytes; rounded up to a multiple of 512.
     :param cluster_size: a power of two from 512 to 2 MiB. :param refcount_bits: a power of two from 1 to 64.
     :param backing_file: the name to record; it is not opened. :param backing_format: the driver to record with it.
+    :param compression_type: "zlib" or "zstd": how clusters are to be compressed, if any are.
+    :param preallocation: "metadata" allocates every cluster, of which the bytes stay holes in the file; "falloc" reserves
+        space for them, too, and "full" writes their zeroes.
     :raise InvalidRequest: an option out of its bounds, in QEMU's words.
     """
     cluster_bits = cluster_size.bit_length() - 1
@@ -66,6 +73,13 @@ def create_image(
         raise InvalidRequest(
             "Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)"
         )
+    if compression_type not in ("zlib", "zstd"):
+        raise InvalidRequest(f"Parameter 'compression-type' does not accept value '{compression_type}'")
+    if compat == "0.10" and compression_type != "zlib":
+        raise InvalidRequest(
+            "Non-zlib compression type is only supported with compatibility level 1.1 and above "
+            "(use version=v3 or greater)"
+        )
     if data_file_raw and data_file is None:
         raise InvalidRequest("data-file-raw requires data-file")
     if data_file_raw and backing_file is not None:
@@ -78,6 +92,10 @@ def create_image(
         raise InvalidRequest("A data file and its name go together")
     if backing_format is not None and backing_file is None:
         raise InvalidRequest("Backing format cannot be used without backing file")
+    if preallocation != "off" and backing_file is not None:
+        raise InvalidRequest(
+            "Backing file and preallocation can only be used at the same time if extended_l2 is on"
+        )
     size = -(-size // 512) * 512
     if size < 0:
         raise InvalidRequest("Image size must not be negative")
@@ -96,7 +114,9 @@ def create_image(
         l1_offset=0,
         refcount_table_offset=cluster_size,
         refcount_table_clusters=1,
-        incompatible=DATA_FILE if data_file is not None else 0,
+        incompatible=(COMPRESSION_TYPE if compression_type != "zlib" else 0)
+        | (DATA_FILE if data_file is not None else 0),
+        compression_type=int(compression_type != "zlib"),
         compatible=LAZY_REFCOUNTS if lazy_refcounts else 0,
         autoclear=RAW_DATA_FILE if data_file_raw else 0,
         refcount_order=order,
@@ -105,14 +125,14 @@ def create_image(
     )
     if data is not None:
         data.truncate(size)
-        data.flush()
-    _write_tables(ImageFile(file), header)
+    _write_tables(ImageFile(file), data, header, preallocation)
 
 
-def _write_tables(file: ImageFile, empty: Header) -> None:
+def _write_tables(file: ImageFile, data: Node | None, empty: Header, preallocation: Preallocation) -> None:
     """Header, refcount table, refcount blocks, L1, L2, in this order; the header last, when the others are durable.
 
-    There are L2 tables from the start where the data file is raw: whoever fills that file himself finds the bytes in the image.
+    There are L2 tables from the start where the image is preallocated, and where the data file is raw: whoever fills that file
+    himself finds the bytes in the image.
     """
     from dataclasses import replace
 
@@ -123,10 +143,12 @@ def _write_tables(file: ImageFile, empty: Header) -> None:
             "Image size is too large for this cluster size", remedy="Choose larger clusters."
         )
     l1_clusters = empty.clusters_for(l1_size * 8)
-    l2_clusters = l1_size if empty.is_data_file_raw else 0
+    has_tables = preallocation != "off" or empty.is_data_file_raw
+    l2_tables = l1_size if has_tables else 0
+    data_clusters = 0 if preallocation == "off" or empty.has_data_file else empty.clusters_for(empty.size)
     blocks = table = 1
     while True:
-        used = 1 + table + blocks + l1_clusters + l2_clusters
+        used = 1 + table + blocks + l1_clusters + l2_tables + data_clusters
         wanted = -(-used // per_block), empty.clusters_for(-(-used // per_block) * 8)
         if wanted == (blocks, table):
             break
@@ -148,32 +170,24 @@ def _write_tables(file: ImageFile, empty: Header) -> None:
     file.grow(used * size)
     entries = b"".join(((first_block + n) * size).to_bytes(8, "big") for n in range(blocks))
     file.write(size, entries.ljust(table * size, b"\0"))
-    file.write(first_block * size, _refcounts_of_one(used, blocks * size, empty.refcount_bits))
-    file.write(header.l1_offset, _l1(header, l1_clusters).ljust(l1_clusters * size, b"\0"))
-    if header.is_data_file_raw:
-        _write_l2_tables(file, header, header.l1_offset + l1_clusters * size)
+    for block in range(0, blocks, _BLOCKS_AT_ONCE):
+        count = min(_BLOCKS_AT_ONCE, blocks - block)
+        ones = min(count * per_block, used - block * per_block)
+        counts = _refcounts_of_one(ones, count * size, empty.refcount_bits)
+        file.write((first_block + block) * size, counts)
+    file.write(header.l1_offset, bytes(l1_clusters * size))
+    if has_tables:
+        from stillframe.block.qcow2.preallocation import take_space, write_mapped_tables
+
+        first_table = first_block + blocks + l1_clusters
+        first_data = 0 if data is not None else first_table + l2_tables
+        write_mapped_tables(file, header, first_table, first_data)
+        take_space(data or file.node, first_data * size, empty.size, preallocation)
+    if data is not None:
+        data.flush()
     file.flush()
     file.write(0, first.ljust(size, b"\0"))
     file.flush()
-
-
-def _l1(header: Header, l1_clusters: int) -> bytes:
-    if not header.is_data_file_raw:
-        return b""
-    start = header.l1_offset + l1_clusters * header.cluster_size
-    return b"".join(
-        (start + number * header.cluster_size | COPIED).to_bytes(8, "big") for number in range(header.l1_size)
-    )
-
-
-def _write_l2_tables(file: ImageFile, header: Header, start: int) -> None:
-    """Tables in which every cluster of the disk lies at its own offset of the data file."""
-    l2 = L2Format(header)
-    clusters = header.clusters_for(header.size)
-    for number in range(header.l1_size):
-        here = range(number * header.l2_entries, min(clusters, (number + 1) * header.l2_entries))
-        entries = l2.pack([l2.own(cluster << header.cluster_bits, l2.every, 0) for cluster in here])
-        file.write(start + number * header.cluster_size, entries)
 
 
 def _refcounts_of_one(count: int, length: int, bits: int) -> bytes:

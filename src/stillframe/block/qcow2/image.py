@@ -435,15 +435,17 @@ class Image:
 
     # Reading.
 
-    def read_tree(self, l1: bytes | bytearray | None, offset: int, buffer: memoryview) -> None:
-        """Fill the buffer from a tree of tables; None for the active one, with what lies below it."""
+    def read_tree(
+        self, l1: bytes | bytearray | None, offset: int, buffer: memoryview, *, below: Node | None = None
+    ) -> None:
+        """Fill the buffer from a tree of tables with `below` under it; None for the active one, with what is under that."""
         gate = self.gate
         with gate.lock:
             active = l1 is None
             runs = self.mapping.runs(self.world.l1 if l1 is None else l1, offset, len(buffer))
             ticket = gate.start_read()
         try:
-            self.reader.read(runs, offset, buffer, self.backing if active else None)
+            self.reader.read(runs, offset, buffer, self.backing if active else below)
         finally:
             gate.end_read(ticket)
 

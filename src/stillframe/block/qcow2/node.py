@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from stillframe.block.node import Extent, ExtentKind, ImageInfo, Node
+from stillframe.block.node import Extent, ExtentKind, ImageInfo, Node, SnapshotInfo
 from stillframe.block.qcow2.image import Image
 from stillframe.block.qcow2.layout import (
     CORRUPT,
@@ -61,6 +61,27 @@ class Qcow2Node(Node):
     @property
     def size(self) -> int:
         return self._image.header.size
+
+    def at_snapshot(self, snapshot: SnapshotInfo) -> Node:
+        """The disk as it was at a snapshot, to be read: its size, its bytes, and what lies below the image.
+
+        :raise NotFound: it is no longer there. :raise ImageCorrupt: its tables lie where they cannot.
+        """
+        from stillframe.block.qcow2.view import SnapshotView
+
+        return SnapshotView(self, self._snapshots.l1_of(snapshot), snapshot.disk_size)
+
+    def write_compressed(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """`write` for whole clusters, stored compressed where that makes them smaller.
+
+        :raise InvalidRequest: they do not begin and end where clusters do, or the disk.
+        :raise Unsupported: the image can have no compressed clusters.
+        """
+        from stillframe.block.qcow2.packing import write_compressed
+
+        view = memoryview(data).cast("B")
+        self._refuse_write(offset, len(view))
+        write_compressed(self._image, offset, view)
 
     @property
     def children(self) -> Mapping[str, Node]:
@@ -142,11 +163,15 @@ class Qcow2Node(Node):
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         self._refuse_outside(offset, length)
+        return self.tree_extents(None, offset, length)
+
+    def tree_extents(self, l1: bytes | bytearray | None, offset: int, length: int) -> Iterator[Extent]:
+        """`extents` of a tree of tables, with what lies below it; None for the active one."""
         end = offset + length
         held: Extent | None = None
         while offset < end:
             part = min(end - offset, _LOOKED_UP_AT_ONCE)
-            for extent in self._looked_up(offset, part):
+            for extent in self._looked_up(l1, offset, part):
                 if held is not None and _follows(held, extent):
                     held = _joined(held, extent)
                     continue
@@ -157,10 +182,10 @@ class Qcow2Node(Node):
         if held is not None:
             yield held
 
-    def _looked_up(self, offset: int, length: int) -> Iterator[Extent]:
+    def _looked_up(self, l1: bytes | bytearray | None, offset: int, length: int) -> Iterator[Extent]:
         image = self._image
         with image.gate.lock:
-            runs = image.mapping.runs(image.world.l1, offset, length)
+            runs = image.mapping.runs(image.world.l1 if l1 is None else l1, offset, length)
         for kind, size, where in runs:
             if kind == DATA:
                 yield Extent(offset, size, ExtentKind.DATA, host_offset=where)

@@ -66,6 +66,11 @@ class RunReader:
                 _zero(part)
             at += length
 
+    def forget_unpacked(self) -> None:
+        """Compressed data was written: what stood at its place before may be remembered under the same entry."""
+        with self._unpacking:
+            self._unpacked = None
+
     def _unpack(self, entry: int) -> bytes:
         """The cluster that a compressed entry stands for; the last one is remembered."""
         with self._unpacking:

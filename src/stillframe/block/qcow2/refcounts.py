@@ -65,6 +65,8 @@ class Refcounts:
         self._dropped = array("q")
         self._dropped_stamp = 0
         self._search_from = 1
+        self.packed_end = 0
+        """Where the next compressed data goes, inside a cluster that holds some (packing.py); 0 for nowhere."""
 
     @property
     def per_block(self) -> int:
@@ -240,6 +242,10 @@ class Refcounts:
 
     def give_back(self, first: int, count: int) -> None:
         """Allocated clusters that nothing was made to point to."""
+        for number, (start, further) in enumerate(self._lease):
+            if start == first + count:
+                self._lease[number] = (first, count + further)
+                return
         self._lease.append((first, count))
 
     def _extend_lease(self, wanted: int) -> None:
@@ -396,6 +402,9 @@ class Refcounts:
 
     def drop(self, clusters: Iterable[int]) -> None:
         """References to these clusters were taken out of a table that was written."""
+        clusters = list(clusters)
+        if self.packed_end >> self._bits in clusters:
+            self.packed_end = 0
         self._dropped.extend(clusters)
         self._dropped_stamp = self._image.gate.stamp()
 
@@ -445,6 +454,25 @@ class Refcounts:
                 found[of_block] = block[clusters[of_block] % self._per_block]
         return found
 
+    def add_references(self, times: dict[int, int]) -> None:
+        """Count clusters in use so many times more; the references are written after a flush that follows this.
+
+        The caller has seen to the refcounts' width.
+        """
+        blocks: dict[int, list[int]] = {}
+        for cluster in times:
+            blocks.setdefault(cluster // self._per_block, []).append(cluster)
+        for index, clusters in blocks.items():
+            block = self.block(index)
+            if block is None or any(not block[each % self._per_block] for each in clusters):
+                raise ImageCorrupt(
+                    f"Clusters {clusters[0]} to {clusters[-1]} are in use and not counted",
+                    remedy="Run `stillframe image check --repair all` on the image.",
+                )
+            within = [each % self._per_block for each in clusters]
+            block[within] += [times[each] for each in clusters]
+            self._store(index, min(within), max(within) + 1)
+
     def _lower(self, clusters: Clusters, times: Counts | None = None) -> None:
         if times is None:
             times = np.ones(len(clusters), np.int64)
@@ -471,4 +499,5 @@ class Refcounts:
         """The tables were switched: what was read of them is void; reservations stay."""
         self._blocks.clear()
         self._search_from = 1
+        self.packed_end = 0
         self._lease_clusters = self._first_lease

@@ -95,6 +95,10 @@ class Snapshots:
         """See `SnapshotStore`."""
         self._image.write_mark(None, barred=False)
 
+    def l1_of(self, snapshot: SnapshotInfo) -> bytearray:
+        """The snapshot's L1 table. :raise NotFound: it is no longer there. :raise ImageCorrupt: it cannot be there."""
+        return self._l1(self._find(snapshot))
+
     def _l1(self, entry: SnapshotEntry) -> bytearray:
         """A snapshot's L1; the last one is remembered, for as long as the list stays what it is."""
         known, listed = self._l1_of, self._image.world.snapshots

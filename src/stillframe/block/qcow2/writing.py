@@ -34,7 +34,7 @@ def write(image: Image, offset: int, data: memoryview) -> None:
         flush_if_due(image)
 
 
-def _note_guest_change(image: Image) -> None:
+def note_guest_change(image: Image) -> None:
     """Before the disk's content changes. Lock held. :raise IOFailed: persistent bitmaps would not know of it."""
     if image.has_current_bitmaps:
         from stillframe.block.qcow2.bitmaps import mark_in_use
@@ -59,7 +59,7 @@ def _write_in_place(image: Image, offset: int, data: memoryview) -> int:
         host, length = _own_run(image, offset, len(data))
         if not length:
             return 0
-        _note_guest_change(image)
+        note_guest_change(image)
         bits = image.header.cluster_bits
         first = host >> bits
         _refuse_wrong_place(image, first, (host + length - 1 >> bits) - first + 1)
@@ -173,7 +173,7 @@ def _write_mapped(image: Image, offset: int, data: memoryview) -> int:
     with image.gate.mapping(first, last):
         with image.gate.lock:
             image.refuse_if_broken()
-            _note_guest_change(image)
+            note_guest_change(image)
             table = image.own_table(l1_index)
             entries = image.mapping.entries(table, index, last - first + 1)
             for number, entry in enumerate(entries):
@@ -319,7 +319,7 @@ def link(
     pending = image.pending
     dropped: list[int] = []
     for number, entry in enumerate(old):
-        replaced = (entry ^ new[number]) & (OFFSET_MASK | COMPRESSED)
+        replaced = _lead_apart(entry, new[number])
         # What was there at the freeze is the pending snapshot's now.
         if replaced and (pending is None or pending.is_fresh(l1_index, index + number)):
             dropped += image.l2.counted(entry)
@@ -330,6 +330,11 @@ def link(
         image.mapping.store(table, index, new)
     if dropped:
         image.drop(dropped)
+
+
+def _lead_apart(entry: int, other: int) -> bool:
+    """Whether two L2 entries point to different places; compressed data begins at any byte."""
+    return bool((entry ^ other) & (~COPIED if (entry | other) & COMPRESSED else OFFSET_MASK))
 
 
 Range = tuple[int, int]
@@ -390,7 +395,7 @@ def _unmap_in_table(image: Image, start: int, end: int, keep_place: bool, reads_
             old = image.mapping.entries(table, index, count) if table else (0,) * count
             new = emptied(old)
             if new != list(old):
-                _note_guest_change(image)
+                note_guest_change(image)
                 table = image.own_table(l1_index)
                 old = image.mapping.entries(table, index, count)
                 for number, entry in enumerate(old):
@@ -421,7 +426,7 @@ def zero_data_file(image: Image, offset: int, length: int, *, unmap: bool) -> No
     with image.gate.lock:
         image.gate.admit_write()
         image.refuse_if_broken()
-        _note_guest_change(image)
+        note_guest_change(image)
         ticket = image.gate.start_write()
     try:
         image.data.write_zeroes(offset, length, unmap=unmap)
