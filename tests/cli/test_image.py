@@ -181,7 +181,13 @@ def test_what_is_created_is_what_qemu_img_creates(tmp_path: Path) -> None:
 @pytest.mark.parametrize("version", QEMU_VERSIONS)
 @pytest.mark.parametrize(
     "options",
-    ["", ",cluster_size=512", ",refcount_bits=1,cluster_size=4k", ",compat=0.10", ",cluster_size=2M"],
+    [
+        "",
+        ",cluster_size=512",
+        ",refcount_bits=1,cluster_size=4k",
+        ",compat=0.10",
+        ",cluster_size=2M",
+    ],
 )
 def test_a_preallocated_image_has_every_cluster_in_its_place(
     options: str, version: str, tmp_path: Path
@@ -211,6 +217,26 @@ def test_a_preallocated_image_of_many_tables_is_clean(tmp_path: Path) -> None:
     assert said["allocated-clusters"] == said["total-clusters"] == 1 << 24
     assert "fragmented-clusters" not in said
     assert path.stat().st_blocks * 512 < 200 << 20
+
+
+@pytest.mark.usefixtures("every_qemu")
+@pytest.mark.parametrize("options", ["", ",data_file_raw=on", ",preallocation=metadata"])
+def test_a_disk_can_have_a_data_file_of_its_own(options: str, tmp_path: Path) -> None:
+    path, source, copy = tmp_path / "disk.qcow2", tmp_path / "source.raw", tmp_path / "copy.raw"
+    source.write_bytes(bytes(range(1, 201)) * 5000 + bytes(48576))
+    made = in_process("image", "create", "-q", "-o", f"data_file={tmp_path}/disk.data{options}", path, "1M")
+    assert made.code == 0, made
+    assert (tmp_path / "disk.data").stat().st_size == 1 << 20
+    assert in_process("image", "convert", "-n", "-f", "raw", source, path).code == 0
+    qemu_img("compare", source, path)
+    assert "No errors" in qemu_img("check", path)
+    assert in_process("image", "convert", path, copy).code == 0
+    assert copy.read_bytes()[: 1000000 + 48576] == source.read_bytes()
+    ours = json.loads(in_process("image", "map", "--json", path).stdout)
+    theirs = json.loads(qemu_img("map", "--output=json", path))
+    assert [{"compressed": False} | each for each in theirs] == ours
+    refused = in_process("image", "convert", "-c", "-n", "-f", "raw", source, path)
+    assert_one_sentence(refused, "external data file cannot be compressed")
 
 
 @pytest.mark.parametrize("how", ["falloc", "full"])

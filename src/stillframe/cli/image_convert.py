@@ -100,6 +100,11 @@ def convert(
     if no_create and (options or backing or backing_format or force):
         raise click.UsageError("-n takes the target as it is: it goes without -o, -B, -F and --force")
     settings = image_settings(kind or "raw", options, backing, backing_format)
+    if "data_file" in settings:
+        raise Unsupported(
+            "A copy with a data file of its own is not supported",
+            remedy="Create the image with its data file first, then copy into it with -n.",
+        )
     if compress and settings.get("preallocation", "off") != "off":
         raise InvalidRequest("Compression and preallocation not supported at the same time")
     if compress and not no_create and (kind or "raw") == "raw":

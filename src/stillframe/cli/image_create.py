@@ -17,7 +17,10 @@ and of qcow2 alone
   compression_type  zlib or zstd, for compressed clusters (zlib)
   refcount_bits     1, 2, 4, 8, 16, 32 or 64 (16)
   compat            1.1 or 0.10 (1.1)
-  lazy_refcounts    on or off (off)"""
+  lazy_refcounts    on or off (off)
+  data_file         the file that the disk's bytes lie in, beside the tables;
+                    not in convert
+  data_file_raw     on or off: that file is the disk as a raw image (off)"""
 
 
 @click.command(
@@ -157,8 +160,8 @@ _OPTIONS: dict[str, str | dict[str, str]] = {
     "preallocation": {each: each for each in ("off", "metadata", "falloc", "full")},
     "compression_type": {each: each for each in ("zlib", "zstd")},
     "extended_l2": "nothing",
-    "data_file_raw": "nothing",
-    "data_file": "nothing",
+    "data_file": "text",
+    "data_file_raw": "on or off",
     "encryption": "nothing",
     "encrypt.format": "nothing",
 }
