@@ -57,6 +57,7 @@ crash: $(STAMP) peers ## 50,000 states in which a crash can leave an image, each
 bench: $(STAMP) peers ## figures beside a peer's in the same run
 	mkdir -p build/bench
 	$(BIN)/python bench/startup.py --json build/bench/startup.json
+	$(BIN)/python bench/qcow2.py --json build/bench/qcow2.json
 	$(BIN)/python bench/engine.py --json build/bench/engine.json $(BENCH_ARGS)
 
 clean: ## remove what the targets made, not what they fetched

@@ -14,6 +14,7 @@ from dataclasses import replace
 from enum import Enum
 
 import numpy as np
+import numpy.typing as npt
 
 from stillframe.block.node import Change, GroupKind, GroupMark, GroupStage, SnapshotRecord
 from stillframe.block.qcow2.image import Image, World
@@ -41,6 +42,9 @@ from stillframe.block.qcow2.snapshot_table import (
 )
 from stillframe.block.qcow2.wholly import wholly
 from stillframe.errors import ImageCorrupt, InUse, InvalidRequest, LimitReached, Unsupported
+
+_ALL_ALLOCATED = 0x00000000FFFFFFFF
+"""The second word of an extended L2 entry whose 32 parts all have data."""
 
 
 class Stage(Enum):
@@ -255,22 +259,22 @@ def _share_with_snapshot(shadow: Shadow, pending: Pending, active: Entries) -> E
     used = np.flatnonzero(active & U_OFFSET)
     for which, tables in read_tables(image, active[used] & U_OFFSET):
         indices = used[which]
-        fresh = np.zeros(tables.shape, np.bool_)
+        words = tables[..., 0]
+        fresh = np.zeros(words.shape, np.bool_)
         is_fresh = np.zeros(len(tables), np.bool_)
         for row, l1_index in enumerate(indices.tolist()):
             flags = pending.fresh_flags(l1_index)
             if flags is not None:
                 is_fresh[row] = True
                 fresh[row] = np.frombuffer(flags, np.bool_)
-        shadow.add(clusters_of(tables[~fresh], bits), +1)
-        shared = np.where(fresh, tables, _without_copied(tables))
-        changed = (shared != tables).any(axis=1)
+        shadow.add(clusters_of(words[~fresh], bits), +1)
+        shared, changed = _without_copied(tables, but=fresh)
         # A table of the snapshot's that needs no change is used by both; one of the active side's alone stays its own.
         both = ~is_fresh & ~changed
         shadow.add((active[indices[both]] & U_OFFSET).astype(np.int64) >> bits, +1)
         new[indices[both]] &= ~U_COPIED
         if changed.any():
-            new[indices[changed]] = shadow.place_tables(shared[changed]) | U_COPIED
+            new[indices[changed]] = shadow.place_tables(shared) | U_COPIED
         replaced = is_fresh & changed
         shadow.add((active[indices[replaced]] & U_OFFSET).astype(np.int64) >> bits, -1)
     return new
@@ -285,9 +289,11 @@ def _place_state(shadow: Shadow, pending: Pending) -> Entries:
     if not len(hosts):
         return np.zeros(0, np.uint64)
     rows = -(-len(hosts) // header.l2_entries)
-    tables = np.zeros(rows * header.l2_entries, np.uint64)
-    tables[: len(hosts)] = hosts
-    return shadow.place_tables(tables.reshape(rows, -1))
+    tables = np.zeros((rows * header.l2_entries, header.l2_entry_words), np.uint64)
+    tables[: len(hosts), 0] = hosts
+    if header.has_extended_l2:
+        tables[: len(hosts), 1] = np.where(hosts != 0, np.uint64(_ALL_ALLOCATED), np.uint64(0))
+    return shadow.place_tables(tables.reshape(rows, header.l2_entries, header.l2_entry_words))
 
 
 def prepare_revert(image: Image, entry: SnapshotEntry) -> Change:
@@ -316,12 +322,11 @@ def prepare_revert(image: Image, entry: SnapshotEntry) -> Change:
         _release_tree(shadow, l1_words(image.world.l1))
         for which, tables in read_tables(image, words[used]):
             indices = used[which]
-            shadow.add(clusters_of(tables, bits), +1)
-            shared = _without_copied(tables)
-            changed = (shared != tables).any(axis=1)
+            shadow.add(clusters_of(tables[..., 0], bits), +1)
+            shared, changed = _without_copied(tables)
             shadow.add(words[indices[~changed]].astype(np.int64) >> bits, +1)
             if changed.any():
-                new[indices[changed]] = shadow.place_tables(shared[changed]) | U_COPIED
+                new[indices[changed]] = shadow.place_tables(shared) | U_COPIED
         return shadow.world(l1=pack_words(new), snapshots=None, size=size)
 
     return _switch(image, build)
@@ -347,35 +352,34 @@ def prepare_delete(image: Image, entry: SnapshotEntry) -> SwitchChange:
 
 
 def own_again(shadow: Shadow, active: Entries) -> Entries:
-    """The active L1 with COPIED wherever, and only where, the new world's refcount is one."""
-    bits = shadow.image.header.cluster_bits
+    """The active L1 with COPIED wherever, and only where, the new world's refcount is one.
+
+    Clusters of a data file have no refcounts, and keep theirs.
+    """
+    header = shadow.image.header
+    bits = header.cluster_bits
     new = active.copy()
     used = np.flatnonzero(active & U_OFFSET)
     offsets = active & U_OFFSET
     for which, tables in read_tables(shadow.image, offsets[used]):
         indices = used[which]
-        right = _with_copied(shadow, tables)
-        changed = (right != tables).any(axis=1)
+        changed = np.zeros(len(tables), np.bool_)
+        if not header.has_data_file:
+            words = tables[..., 0]
+            hosts = words & U_OFFSET
+            plain = (hosts != 0) & ((words & U_COMPRESSED) == 0)
+            is_own = np.zeros(words.shape, np.bool_)
+            is_own[plain] = shadow.counts_of(hosts[plain].astype(np.int64) >> bits) == 1
+            wrong = is_own != ((words & U_COPIED) != 0)
+            changed = wrong.any(axis=1)
+            words ^= np.where(wrong, U_COPIED, np.uint64(0))
         same = indices[~changed]
         counts = shadow.counts_of(offsets[same].astype(np.int64) >> bits)
         new[same] = offsets[same] | np.where(counts == 1, U_COPIED, np.uint64(0))
         if changed.any():
             shadow.add(offsets[indices[changed]].astype(np.int64) >> bits, -1)
-            new[indices[changed]] = shadow.place_tables(right[changed]) | U_COPIED
+            new[indices[changed]] = shadow.place_tables(tables[changed]) | U_COPIED
     return new
-
-
-def _with_copied(shadow: Shadow, tables: Entries) -> Entries:
-    """L2 tables with COPIED wherever, and only where, the new world's refcount is one."""
-    header = shadow.image.header
-    if header.has_data_file:
-        # Nothing counts the clusters of a data file: what has a place there has COPIED.
-        return tables
-    plain = ((tables & U_OFFSET) != 0) & ((tables & U_COMPRESSED) == 0)
-    hosts = (tables[plain] & U_OFFSET).astype(np.int64) >> header.cluster_bits
-    right = _without_copied(tables)
-    right[plain] |= np.where(shadow.counts_of(hosts) == 1, U_COPIED, np.uint64(0))
-    return right
 
 
 def _release_tree(shadow: Shadow, l1: Entries) -> None:
@@ -384,13 +388,24 @@ def _release_tree(shadow: Shadow, l1: Entries) -> None:
     offsets = l1 & U_OFFSET
     offsets = offsets[offsets != 0]
     for which, tables in read_tables(shadow.image, offsets):
-        shadow.add(clusters_of(tables.reshape(-1), bits), -1)
+        shadow.add(clusters_of(tables[..., 0].reshape(-1), bits), -1)
         shadow.add(offsets[which].astype(np.int64) >> bits, -1)
 
 
-def _without_copied(tables: Entries) -> Entries:
-    """COPIED cleared, which compressed entries never carry."""
-    return tables & ~U_COPIED
+def _without_copied(
+    tables: Entries, *, but: npt.NDArray[np.bool_] | None = None
+) -> tuple[Entries, npt.NDArray[np.bool_]]:
+    """COPIED, which compressed entries never carry, cleared: the tables that this changes, and which they are.
+
+    :param but: entries that keep it.
+    """
+    copied = (tables[..., 0] & U_COPIED) != 0
+    if but is not None:
+        copied &= ~but
+    changed = copied.any(axis=1)
+    cleared = tables[changed]
+    cleared[..., 0] ^= np.where(copied[changed], U_COPIED, np.uint64(0))
+    return cleared, changed
 
 
 def _refuse_if_pending(image: Image) -> None:

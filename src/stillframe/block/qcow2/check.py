@@ -1,11 +1,14 @@
 """Whether an image's tables agree with each other, counted as `qemu-img check` counts.
 
 Every table is followed from the header; each path to a cluster is one reference. An L2 table that several L1 entries share
-is read once and counted as often as they do.
+is read once and counted as often as they do. Clusters of a data file have no refcounts, and are not counted.
 
-Memory: 8 bytes a refcount of each block's range that holds a reference, at most 1 GiB of them.
+Memory, at most `MEMORY_AT_MOST` in all: of each refcount block that holds anything, a refcount as wide as the image's for every
+cluster, and one byte for its references (8 in blocks where a cluster has more than 255); 16 bytes for each L2 table. With refcounts
+of 16 bits and clusters of 64 KiB that is enough for images of 20 TiB.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -15,11 +18,11 @@ from stillframe.block.node import Node
 from stillframe.block.qcow2.bitmaps import bitmap_ranges
 from stillframe.block.qcow2.image import Image
 from stillframe.block.qcow2.layout import (
-    COMPRESSED,
     L1_RESERVED,
     L2_RESERVED,
     MAX_L1_BYTES,
     REFCOUNT_TABLE_RESERVED,
+    ZERO,
     aligned,
 )
 from stillframe.block.qcow2.shadow import (
@@ -28,14 +31,26 @@ from stillframe.block.qcow2.shadow import (
     U_COPIED,
     U_OFFSET,
     Entries,
+    as_tables,
     l1_words,
     packed_clusters,
 )
-from stillframe.block.qcow2.widths import Clusters, Counts, decode
+from stillframe.block.qcow2.widths import (
+    Clusters,
+    Counts,
+    Narrow,
+    by_block,
+    compact,
+    decode_narrow,
+    is_repeating,
+)
 from stillframe.errors import ImageCorrupt, LimitReached
 
-COUNTS_AT_MOST = 1 << 27
+MEMORY_AT_MOST = 1 << 30
 MESSAGES_AT_MOST = 1000
+
+_L1_ENTRIES_AT_ONCE = 1 << 22
+_U_LOW = np.uint64(0xFFFFFFFF)
 
 
 @dataclass(slots=True)
@@ -69,15 +84,22 @@ class CheckResult:
     def corrupt(self, text: str, times: int = 1) -> None:
         """Note a corruption."""
         self.corruptions += times
-        self._say(f"ERROR {text}")
+        self.say(f"ERROR {text}")
 
-    def leak(self, text: str) -> None:
-        """Note a leaked cluster."""
-        self.leaks += 1
-        self._say(text)
+    def corrupt_each(self, words: Entries | Clusters, text: Callable[[int], str], times: int = 1) -> None:
+        """Note a corruption for each of many."""
+        self.corruptions += len(words) * times
+        for word in words[: self.room].tolist():
+            self.say(f"ERROR {text(word)}")
 
-    def _say(self, text: str) -> None:
-        if len(self.messages) < MESSAGES_AT_MOST:
+    @property
+    def room(self) -> int:
+        """How many messages more are kept."""
+        return MESSAGES_AT_MOST - len(self.messages)
+
+    def say(self, text: str) -> None:
+        """Keep a message, while there is room."""
+        if self.room > 0:
             self.messages.append(text)
 
 
@@ -98,50 +120,64 @@ class Walk:
     def __init__(self, image: Image) -> None:
         self.image = image
         self.result = CheckResult()
-        self.references: dict[int, Counts] = {}
-        self.refcounts: dict[int, Counts] = {}
+        self.references: dict[int, Narrow] = {}
+        self.refcounts: dict[int, Narrow] = {}
         self._header = image.header
         self._bits = image.header.cluster_bits
         self._per_block = image.header.refcounts_in_block
         self._end = -(-image.file.size // image.cluster_size)
+        self._rows = max(1, TABLES_AT_ONCE // image.cluster_size)
+        self._memory = 0
         self._walk_fixed_tables()
         self._walk_trees()
         self._compare()
         self._check_copied()
 
+    def _take_memory(self, size: int) -> None:
+        self._memory += size
+        if self._memory > MEMORY_AT_MOST:
+            raise LimitReached(
+                f"The image is too large, or too scattered, to be checked in {MEMORY_AT_MOST >> 20} MiB of memory"
+            )
+
     # References.
 
-    def _count(self, clusters: Clusters, times: Counts) -> None:
+    def _count(self, clusters: Clusters, times: int = 1) -> None:
         """References to clusters, each so many times; those past the file's end are corruptions."""
         outside = clusters > self._end
         if outside.any():
-            for cluster in clusters[outside].tolist():
-                self.result.corrupt(
+            self.result.corrupt_each(
+                clusters[outside],
+                lambda cluster: (
                     "counting reference for region exceeding the end of the file by one cluster or more: "
                     f"offset {cluster << self._bits:#x} size {self._header.cluster_size:#x}"
-                )
-            clusters, times = clusters[~outside], times[~outside]
-        blocks = clusters // self._per_block
-        for index in np.unique(blocks).tolist():
-            of_block = blocks == index
-            np.add.at(self._counts(index), clusters[of_block] - index * self._per_block, times[of_block])
-
-    def _counts(self, index: int) -> Counts:
-        block = self.references.get(index)
-        if block is None:
-            if (len(self.references) + 1) * self._per_block > COUNTS_AT_MOST:
-                raise LimitReached(
-                    "The image is too large, or too scattered, to be checked in 1 GiB of memory"
-                )
-            block = self.references[index] = np.zeros(self._per_block, np.int64)
-        return block
-
-    def _count_range(self, offset: int, length: int) -> None:
-        if length:
-            clusters = np.arange(
-                offset >> self._bits, (offset + length - 1 >> self._bits) + 1, dtype=np.int64
+                ),
             )
-            self._count(clusters, np.ones(len(clusters), np.int64))
+            clusters = clusters[~outside]
+        for index, _, within in by_block(clusters, self._per_block):
+            self._count_in_block(index, within, times)
+
+    def _count_in_block(self, index: int, within: Clusters, times: int) -> None:
+        counts = self.references.get(index)
+        if counts is None:
+            self._take_memory(self._per_block)
+            counts = self.references[index] = np.zeros(self._per_block, np.uint8)
+        place: slice | Clusters = slice(None)
+        if is_repeating(within):
+            more = np.bincount(within, minlength=self._per_block) * times
+            wide: Counts = counts + more
+        else:
+            place = compact(within)
+            wide = counts[place].astype(np.int64) + times
+        if counts.dtype != np.int64 and int(wide.max()) > 255:
+            self._take_memory(7 * self._per_block)
+            counts = self.references[index] = counts.astype(np.int64)
+        counts[place] = wide
+
+    def _count_range(self, offset: int, length: int, times: int = 1) -> None:
+        if length:
+            first, last = offset >> self._bits, offset + length - 1 >> self._bits
+            self._count(np.arange(first, last + 1, dtype=np.int64), times)
 
     def _walk_fixed_tables(self) -> None:
         header, world = self._header, self.image.world
@@ -166,17 +202,55 @@ class Walk:
                 self._count_range(offset, length)
 
     def _take_block(self, index: int, offset: int) -> None:
-        block = decode(self.image.file.read(offset, self._header.cluster_size), self._header.refcount_order)
+        data = self.image.file.read(offset, self._header.cluster_size)
+        block = decode_narrow(data, self._header.refcount_order)
         if block.any():
-            if (len(self.refcounts) + 1) * self._per_block > COUNTS_AT_MOST:
-                raise LimitReached("The image is too large to be checked in 1 GiB of memory")
+            self._take_memory(block.nbytes)
             self.refcounts[index] = block
 
     # Trees.
 
     def _walk_trees(self) -> None:
+        offsets, times = self._l2_tables()
+        wrong = (offsets & np.uint64(self._header.cluster_size - 1)) != 0
+        self.result.corrupt_each(
+            offsets[wrong],
+            lambda offset: f"l2_offset={offset:#x}: Table is not cluster aligned; L1 entry corrupted",
+        )
+        offsets, times = offsets[~wrong], times[~wrong]
+        for start in range(0, len(offsets), self._rows):
+            end = start + self._rows
+            tables = self._tables(offsets[start:end])
+            # Those that are shared as often are counted together.
+            for often in np.unique(times[start:end]).tolist():
+                alike = times[start:end] == often
+                clusters = (offsets[start:end][alike] >> np.uint64(self._bits)).astype(np.int64)
+                self._count(clusters, often)
+                self._count_tables(tables if alike.all() else tables[alike], often)
+
+    def _l2_tables(self) -> tuple[Entries, Counts]:
+        """The offsets of all L2 tables, ascending, and how many L1 entries lead to each."""
+        offsets, times = np.zeros(0, np.uint64), np.zeros(0, np.int64)
+        waiting: list[tuple[Entries, int]] = []
+        for root, often in self._roots():
+            reserved = root[(root & np.uint64(L1_RESERVED)) != 0]
+            self.result.corrupt_each(
+                reserved, lambda word: f"found L1 entry with reserved bits set: {word:x}", often
+            )
+            found = root & U_OFFSET
+            waiting.append((found[found != 0], often))
+            if sum(len(part) for part, _ in waiting) > _L1_ENTRIES_AT_ONCE:
+                offsets, times = _merged(offsets, times, waiting)
+                waiting = []
+        offsets, times = _merged(offsets, times, waiting)
+        self._take_memory(offsets.nbytes + times.nbytes)
+        return offsets, times
+
+    def _roots(self) -> Iterator[tuple[Entries, int]]:
+        """Every L1 table, and how many times it is used."""
         image, header = self.image, self._header
-        roots = [l1_words(image.world.l1)]
+        yield l1_words(image.world.l1), 1
+        used: dict[tuple[int, int], int] = {}
         for number, entry in enumerate(image.world.snapshots):
             name = entry.name.decode("utf-8", "replace")
             what = f"snapshot {entry.id.decode('utf-8', 'replace')} ({name})"
@@ -192,23 +266,16 @@ class Walk:
                     f"{what} l1_size={entry.l1_size:#x}: L1 table is too large; snapshot table entry corrupted"
                 )
             else:
-                self._count_range(entry.l1_offset, entry.l1_size * 8)
-                roots.append(l1_words(image.file.read(entry.l1_offset, entry.l1_size * 8)))
-        for root in roots:
-            for word in root[(root & np.uint64(L1_RESERVED)) != 0].tolist():
-                self.result.corrupt(f"found L1 entry with reserved bits set: {word:x}")
-        offsets = np.concatenate(roots) & U_OFFSET
-        offsets, times = np.unique(offsets[offsets != 0], return_counts=True)
-        times = times.astype(np.int64)
-        wrong = (offsets & np.uint64(header.cluster_size - 1)) != 0
-        for offset in offsets[wrong].tolist():
-            self.result.corrupt(f"l2_offset={offset:#x}: Table is not cluster aligned; L1 entry corrupted")
-        offsets, times = offsets[~wrong], times[~wrong]
-        self._count((offsets >> np.uint64(self._bits)).astype(np.int64), times)
-        rows = max(1, TABLES_AT_ONCE // header.cluster_size)
-        for start in range(0, len(offsets), rows):
-            tables = self._tables(offsets[start : start + rows])
-            self._count_tables(tables, times[start : start + rows])
+                place = (entry.l1_offset, entry.l1_size)
+                used[place] = used.get(place, 0) + 1
+        if sum(l1_size * 8 for _, l1_size in used) > image.file.size:
+            # They overlap, and reading them all could take for ever.
+            self.result.check_errors += 1
+            self.result.corrupt("the L1 tables of the snapshots are larger than the file: not followed")
+            return
+        for (l1_offset, l1_size), often in used.items():
+            self._count_range(l1_offset, l1_size * 8, often)
+            yield l1_words(image.file.read(l1_offset, l1_size * 8)), often
 
     def _tables(self, offsets: Entries) -> Entries:
         size = self._header.cluster_size
@@ -217,78 +284,138 @@ class Walk:
         breaks = (np.flatnonzero(np.diff(offsets.astype(np.int64)) != size) + 1).tolist()
         for a, b in zip([0, *breaks], [*breaks, len(offsets)], strict=True):
             self.image.file.readinto(int(offsets[a]), view[a * size : b * size])
-        return np.frombuffer(buffer, ">u8").astype(np.uint64).reshape(len(offsets), -1)
+        return as_tables(buffer, self._header)
 
-    def _count_tables(self, tables: Entries, times: Counts) -> None:
-        weights = np.broadcast_to(times[:, None], tables.shape)
-        packed = (tables & U_COMPRESSED) != 0
-        hosts = tables & U_OFFSET
+    def _count_tables(self, tables: Entries, times: int) -> None:
+        """What the entries of L2 tables refer to. An entry that is wrong in itself refers to nothing."""
+        result = self.result
+        words = tables[..., 0]
+        packed = (words & U_COMPRESSED) != 0
+        if packed.any():
+            self._count_packed(tables, packed, times)
+        hosts = words & U_OFFSET
+        reserved = ~packed & ((words & np.uint64(L2_RESERVED)) != 0)
+        if reserved.any():
+            result.corrupt_each(
+                words[reserved], lambda word: f"found l2 entry with reserved bits set: {word:x}", times
+            )
+        if self._header.has_extended_l2:
+            self._check_parts(tables, packed, times)
         plain = ~packed & (hosts != 0)
-        reserved = ~packed & ((tables & np.uint64(L2_RESERVED)) != 0)
-        for word, count in zip(tables[reserved].tolist(), weights[reserved].tolist(), strict=True):
-            self.result.corrupt(f"found l2 entry with reserved bits set: {word:x}", count)
         wrong = plain & ((hosts & np.uint64(self._header.cluster_size - 1)) != 0)
-        for offset, count in zip(hosts[wrong].tolist(), weights[wrong].tolist(), strict=True):
-            self.result.corrupt(
-                f"offset={offset:x}: Cluster is not properly aligned; L2 entry corrupted.", count
+        is_preallocated = self._is_zero(tables)
+        for which, kind in ((wrong & ~is_preallocated, "Data"), (wrong & is_preallocated, "Preallocated")):
+            result.corrupt_each(
+                hosts[which],
+                lambda offset, kind=kind: (  # type: ignore[misc]
+                    f"offset={offset:x}: {kind} cluster is not properly aligned; L2 entry corrupted."
+                ),
+                times,
             )
         if self._header.has_data_file:
-            # Nothing counts the clusters of a data file, and it holds no compressed ones.
-            for word, count in zip(tables[packed].tolist(), weights[packed].tolist(), strict=True):
-                self.result.corrupt(
-                    f"compressed cluster in an image with a data file: l2_entry={word:x}", count
-                )
             return
-        self._count((hosts[plain] >> np.uint64(self._bits)).astype(np.int64), weights[plain])
+        self._count((hosts[plain] >> np.uint64(self._bits)).astype(np.int64), times)
         # An unaligned cluster lies in two.
-        self._count((hosts[wrong] >> np.uint64(self._bits)).astype(np.int64) + 1, weights[wrong])
-        if packed.any():
-            words, counts = tables[packed], weights[packed]
-            for word, count in zip(
-                words[(words & U_COPIED) != 0].tolist(), counts[(words & U_COPIED) != 0].tolist(), strict=True
-            ):
-                self.result.corrupt(
-                    f"coffset={word & (COMPRESSED - 1):#x}: copied flag must never be set for compressed clusters",
-                    count,
-                )
-            first, last = packed_clusters(words, self._bits)
-            step = 0
-            while (more := first + step <= last).any():
-                self._count((first + step)[more], counts[more])
-                step += 1
+        self._count((hosts[wrong] >> np.uint64(self._bits)).astype(np.int64) + 1, times)
+
+    def _is_zero(self, tables: Entries) -> npt.NDArray[np.bool_]:
+        """Which entries read as zeroes as a whole."""
+        word, wanted = tables[..., 0] & np.uint64(ZERO), np.uint64(ZERO)
+        if self._header.has_extended_l2:
+            word, wanted = tables[..., 1], _U_LOW << np.uint64(32)
+        found: npt.NDArray[np.bool_] = word == wanted
+        return found
+
+    def _is_allocated(self, words: Entries) -> npt.NDArray[np.bool_]:
+        """Which entries have a place: in a data file at its very beginning, too."""
+        place = U_OFFSET | U_COPIED if self._header.has_data_file else U_OFFSET
+        found: npt.NDArray[np.bool_] = ((words & place) != 0) & ((words & U_COMPRESSED) == 0)
+        return found
+
+    def _check_parts(self, tables: Entries, packed: npt.NDArray[np.bool_], times: int) -> None:
+        """The second words of extended entries."""
+        words, parts = tables[..., 0], tables[..., 1]
+        here = self._is_allocated(words)
+        both = here & ((parts >> np.uint64(32)) & parts & _U_LOW != 0)
+        self.result.corrupt_each(
+            words[both] & U_OFFSET,
+            lambda offset: f"offset={offset:x}: Allocated cluster has corrupted subcluster allocation bitmap",
+            times,
+        )
+        nowhere = ~packed & ~here & (parts & _U_LOW != 0)
+        if nowhere.any():
+            count = int(nowhere.sum()) * times
+            self.result.corrupt("Unallocated cluster has non-zero subcluster allocation map", count)
+
+    def _count_packed(self, tables: Entries, packed: npt.NDArray[np.bool_], times: int) -> None:
+        words = tables[..., 0][packed]
+        copied = words[(words & U_COPIED) != 0]
+        self.result.corrupt_each(
+            copied,
+            lambda word: (
+                f"coffset={word & _offset_mask(self._bits):#x}: copied flag must never be set for compressed clusters"
+            ),
+            times,
+        )
+        where = np.nonzero(packed)[1]
+        impossible = ""
+        is_wrong = np.zeros(len(words), np.bool_)
+        if self._header.has_data_file:
+            impossible, is_wrong = "with data file", np.ones(len(words), np.bool_)
+        elif self._header.has_extended_l2:
+            impossible = "with non-zero subcluster allocation bitmap"
+            is_wrong = tables[..., 1][packed] != 0
+        if is_wrong.any():
+            numbers = np.flatnonzero(is_wrong)
+            self.result.corrupt_each(
+                numbers,
+                lambda number: f"compressed cluster {where[number]} {impossible}, entry={words[number]:#x}",
+                times,
+            )
+            words = words[~is_wrong]
+        if not len(words):
+            return
+        first, last = packed_clusters(words, self._bits)
+        step = 0
+        while (more := first + step <= last).any():
+            self._count((first + step)[more], times)
+            step += 1
 
     # Refcounts against references.
 
     def _compare(self) -> None:
+        result = self.result
         highest = -1
-        nothing = np.zeros(self._per_block, np.int64)
+        nothing = np.zeros(self._per_block, np.uint8)
         for index in sorted(self.references.keys() | self.refcounts.keys()):
             found = self.references.get(index, nothing)
             said = self.refcounts.get(index, nothing)
             base = index * self._per_block
-            # What is counted past the file's end takes no space: no leak, as in QEMU.
-            inside = np.arange(base, base + self._per_block) < self._end
-            said = np.where(inside | (found > 0), said, 0)
+            if base + self._per_block > self._end:
+                # What is counted past the file's end takes no space: no leak, as in QEMU.
+                inside = np.arange(base, base + self._per_block) < self._end
+                said = np.where(inside | (found > 0), said, said.dtype.type(0))
             used = np.flatnonzero((found > 0) | (said > 0))
             if len(used):
                 highest = base + int(used[-1])
-            for within in np.flatnonzero(found != said).tolist():
-                text = f"cluster {base + within} refcount={said[within]} reference={found[within]}"
-                if said[within] > found[within]:
-                    self.result.leak(f"Leaked {text}")
-                else:
-                    self.result.corrupt(text)
-        self.result.image_end_offset = (highest + 1) << self._bits
+            wrong = np.flatnonzero(found != said)
+            leaked = said[wrong] > found[wrong]
+            result.leaks += int(leaked.sum())
+            result.corruptions += int((~leaked).sum())
+            for within, is_leak in zip(wrong[: result.room].tolist(), leaked.tolist(), strict=False):
+                result.say(
+                    f"{'Leaked' if is_leak else 'ERROR'} cluster {base + within} "
+                    f"refcount={said[within]} reference={found[within]}"
+                )
+        result.image_end_offset = (highest + 1) << self._bits
 
     def refcounts_of(self, clusters: Clusters) -> Counts:
         """What the file's refcount blocks say of these clusters."""
         found = np.zeros(len(clusters), np.int64)
-        blocks = clusters // self._per_block
-        for index in np.unique(blocks).tolist():
+        for index, which, within in by_block(clusters, self._per_block):
             block = self.refcounts.get(index)
             if block is not None:
-                of_block = blocks == index
-                found[of_block] = block[clusters[of_block] - index * self._per_block]
+                found[which] = block[within]
         return found
 
     # The active tree.
@@ -302,34 +429,55 @@ class Walk:
         offsets = active[used] & U_OFFSET
         counts = self.refcounts_of((offsets >> np.uint64(self._bits)).astype(np.int64))
         wrong = (counts == 1) != ((active[used] & U_COPIED) != 0)
-        for number in np.flatnonzero(wrong).tolist():
-            result.corrupt(
+        result.corrupt_each(
+            np.flatnonzero(wrong),
+            lambda number: (
                 f"OFLAG_COPIED L2 cluster: l1_index={used[number]} l1_entry={active[used[number]]:x} "
                 f"refcount={counts[number]}"
-            )
-        rows = max(1, TABLES_AT_ONCE // header.cluster_size)
-        for start in range(0, len(offsets), rows):
-            for table in self._tables(offsets[start : start + rows]):
-                self._check_table(table)
+            ),
+        )
+        for start in range(0, len(offsets), self._rows):
+            self._check_active(self._tables(offsets[start : start + self._rows])[..., 0])
 
-    def _check_table(self, table: Entries) -> None:
-        result = self.result
-        size = self._header.cluster_size
-        packed = int(((table & U_COMPRESSED) != 0).sum())
-        result.compressed_clusters += packed
-        has_place = (table & U_OFFSET) != 0
-        if self._header.has_data_file:
-            # There, COPIED makes even offset 0 a place.
-            has_place |= (table & U_COPIED) != 0
-        plain = table[((table & U_COMPRESSED) == 0) & has_place]
+    def _check_active(self, words: Entries) -> None:
+        """Count what is allocated, and hold COPIED against the refcounts, of tables in force."""
+        header, result = self._header, self.result
+        if not header.has_data_file:
+            packed = int(((words & U_COMPRESSED) != 0).sum())
+            result.compressed_clusters += packed
+            result.allocated_clusters += packed
+            result.fragmented_clusters += packed
+        here = self._is_allocated(words)
+        plain = words[here]
         hosts = (plain & U_OFFSET).astype(np.int64)
-        result.allocated_clusters += packed + len(plain)
-        result.fragmented_clusters += packed + int((np.diff(hosts) != size).sum())
-        is_counted = not self._header.has_data_file
-        counts = self.refcounts_of(hosts >> self._bits) if is_counted else np.ones(len(hosts), np.int64)
-        wrong: npt.NDArray[np.bool_] = (counts == 1) != ((plain & U_COPIED) != 0)
-        for word, count in zip(plain[wrong].tolist(), counts[wrong].tolist(), strict=True):
-            result.corrupt(f"OFLAG_COPIED data cluster: l2_entry={word:x} refcount={count}")
+        result.allocated_clusters += len(plain)
+        apart = np.diff(hosts) != header.cluster_size
+        if len(words) > 1:
+            apart &= np.diff(np.nonzero(here)[0]) == 0
+        result.fragmented_clusters += int(apart.sum())
+        if header.has_data_file:
+            return
+        counts = self.refcounts_of(hosts >> self._bits)
+        wrong = np.flatnonzero((counts == 1) != ((plain & U_COPIED) != 0))
+        result.corrupt_each(
+            wrong,
+            lambda number: f"OFLAG_COPIED data cluster: l2_entry={plain[number]:x} refcount={counts[number]}",
+        )
+
+
+def _offset_mask(bits: int) -> int:
+    """Of a compressed entry."""
+    return (1 << 70 - bits) - 1
+
+
+def _merged(offsets: Entries, times: Counts, more: list[tuple[Entries, int]]) -> tuple[Entries, Counts]:
+    """Distinct offsets, ascending, with how often they occur in all."""
+    joined = np.concatenate([offsets, *(part for part, _ in more)])
+    weights = np.concatenate([times, *(np.full(len(part), often, np.int64) for part, often in more)])
+    distinct, where = np.unique(joined, return_inverse=True)
+    sums = np.zeros(len(distinct), np.int64)
+    np.add.at(sums, where, weights)
+    return distinct, sums
 
 
 def refuse_if_unreadable(image: Image) -> None:

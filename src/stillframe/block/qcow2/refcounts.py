@@ -31,7 +31,7 @@ from stillframe.block.qcow2.layout import (
     REFCOUNT_TABLE_RESERVED,
     aligned,
 )
-from stillframe.block.qcow2.widths import Clusters, Counts, decode, encode, runs_of
+from stillframe.block.qcow2.widths import Clusters, Counts, by_block, decode, encode, runs_of
 from stillframe.errors import ImageCorrupt, LimitReached
 
 if TYPE_CHECKING:
@@ -346,7 +346,7 @@ class Refcounts:
         world = image.world
         old = world.header
         covered = len(world.refcount_table) // 8
-        entries = max(blocks, covered * 3 // 2)
+        entries = max(blocks, min(covered * 3 // 2, MAX_REFCOUNT_TABLE_BYTES // 8))
         clusters = blocks_needed = 0
         while True:
             clusters = old.clusters_for(entries * 8)
@@ -422,7 +422,7 @@ class Refcounts:
         return taken
 
     def put_back_dropped(self, clusters: Clusters) -> None:
-        """The flush did not come about."""
+        """The flush, or what was to follow it, did not come about."""
         self._dropped.frombytes(clusters.tobytes())
 
     def settle(self, dropped: Clusters) -> None:
@@ -446,12 +446,10 @@ class Refcounts:
 
     def _many(self, clusters: Clusters) -> Counts:
         found = np.zeros(len(clusters), np.int64)
-        blocks = clusters // self._per_block
-        for index in np.unique(blocks).tolist():
+        for index, which, within in by_block(clusters, self._per_block):
             block = self.block(index)
             if block is not None:
-                of_block = blocks == index
-                found[of_block] = block[clusters[of_block] % self._per_block]
+                found[which] = block[within]
         return found
 
     def add_references(self, times: dict[int, int]) -> None:
@@ -474,24 +472,35 @@ class Refcounts:
             self._store(index, min(within), max(within) + 1)
 
     def _lower(self, clusters: Clusters, times: Counts | None = None) -> None:
+        """Count down, one block after the other. Those after one that fails wait for the next flush.
+
+        Those of the block itself are leaked: it is not known what the file holds, and nothing may be counted down twice.
+        """
         if times is None:
             times = np.ones(len(clusters), np.int64)
-        blocks = clusters // self._per_block
-        for index in np.unique(blocks).tolist():
-            of_block = blocks == index
-            within = clusters[of_block] % self._per_block
-            block = self.block(index)
-            if block is None or (block[within] < times[of_block]).any():
-                raise ImageCorrupt(
-                    f"A refcount of clusters {int(clusters[of_block][0])} to {int(clusters[of_block][-1])} is lower "
-                    "than the references that were dropped",
-                    remedy="Run `stillframe image check --repair all` on the image.",
-                )
-            block[within] -= times[of_block]
-            self._store(index, int(within.min()), int(within.max()) + 1)
-            for cluster in (clusters[of_block][block[within] == 0]).tolist():
-                self._image.forget_cluster(cluster)
-                self._search_from = min(self._search_from, cluster)
+        parts = list(by_block(clusters, self._per_block))
+        try:
+            while parts:
+                index, which, within = parts.pop(0)
+                self._lower_in_block(index, clusters[which], within, times[which])
+        except BaseException:
+            for _, which, _ in parts:
+                self.put_back_dropped(np.repeat(clusters[which], times[which]))
+            raise
+
+    def _lower_in_block(self, index: int, clusters: Clusters, within: Clusters, times: Counts) -> None:
+        block = self.block(index)
+        if block is None or (block[within] < times).any():
+            raise ImageCorrupt(
+                f"A refcount of clusters {int(clusters[0])} to {int(clusters[-1])} is lower than the references "
+                "that were dropped",
+                remedy="Run `stillframe image check --repair all` on the image.",
+            )
+        block[within] -= times
+        self._store(index, int(within.min()), int(within.max()) + 1)
+        for cluster in clusters[block[within] == 0].tolist():
+            self._image.forget_cluster(cluster)
+            self._search_from = min(self._search_from, cluster)
 
     # Switching tables.
 

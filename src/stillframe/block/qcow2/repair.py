@@ -50,8 +50,8 @@ def repair_open(image: Image, what: What) -> CheckResult:
     def build(shadow: Shadow) -> World:
         for index in sorted(first.references.keys() | first.refcounts.keys()):
             nothing = np.zeros(image.header.refcounts_in_block, np.int64)
-            found = first.references.get(index, nothing)
-            said = first.refcounts.get(index, nothing)
+            found = first.references.get(index, nothing).astype(np.int64)
+            said = first.refcounts.get(index, nothing).astype(np.int64)
             shadow.set_counts(index, found if what == "all" else np.minimum(found, said))
         active = l1_words(image.world.l1)
         new = own_again(shadow, active)

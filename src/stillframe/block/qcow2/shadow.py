@@ -29,7 +29,16 @@ from stillframe.block.qcow2.layout import (
     Header,
 )
 from stillframe.block.qcow2.snapshot_table import SnapshotEntry, pack_table
-from stillframe.block.qcow2.widths import Clusters, Counts, encode, largest, runs_of
+from stillframe.block.qcow2.widths import (
+    Clusters,
+    Counts,
+    by_block,
+    compact,
+    encode,
+    is_repeating,
+    largest,
+    runs_of,
+)
 from stillframe.errors import ImageCorrupt, LimitReached
 
 if TYPE_CHECKING:
@@ -54,6 +63,7 @@ class Shadow:
         self._header = image.world.header
         self._bits = self._header.cluster_bits
         self._per_block = self._header.refcounts_in_block
+        self._largest = largest(self._header.refcount_order)
         self._counts: dict[int, Counts] = {}
         self._before: dict[int, Counts] = {}
         self.reserved: list[ClusterRun] = []
@@ -76,42 +86,29 @@ class Shadow:
         :raise ImageCorrupt: one is not, by its refcount.
         :raise LimitReached: more references than the refcount's width holds.
         """
-        if not len(clusters):
-            return
-        if len(clusters) > 1 and not (np.diff(clusters) > 0).all():
-            clusters = np.sort(clusters)
-        first, last = int(clusters[0]) // self._per_block, int(clusters[-1]) // self._per_block
-        if first == last:
-            self._add_in_block(first, clusters, change)
-            return
-        blocks = clusters // self._per_block
-        cuts = np.flatnonzero(np.diff(blocks)) + 1
-        for part in np.split(clusters, cuts):
-            self._add_in_block(int(part[0]) // self._per_block, part, change)
-
-    def _add_in_block(self, index: int, clusters: Clusters, change: int) -> None:
-        block = self._block(index)
-        within = clusters - index * self._per_block
-        if (block[within] <= 0).any():
-            cluster = int(clusters[block[within] <= 0][0])
-            raise ImageCorrupt(
-                f"Cluster {cluster} is referenced more often than its refcount says",
-                remedy="Run `stillframe image check --repair all` on the image.",
-            )
-        if (np.diff(within) > 0).all():
-            block[within] += change
-        else:
-            np.add.at(block, within, change)
-        if change > 0 and int(block[within].max()) > largest(self._header.refcount_order):
-            raise LimitReached(
-                f"A cluster would be shared more often than refcounts of {self._header.refcount_bits} bits can count",
-                remedy="Delete a snapshot, or convert the image to one with wider refcounts.",
-            )
-        if change < 0 and int(block[within].min()) < 0:
-            raise ImageCorrupt(
-                f"A cluster of {int(clusters[0])} to {int(clusters[-1])} is referenced more often than its refcount says",
-                remedy="Run `stillframe image check --repair all` on the image.",
-            )
+        for index, which, within in by_block(clusters, self._per_block):
+            block = self._block(index)
+            if is_repeating(within):
+                unused = block[within] <= 0
+                np.add.at(block, within, change)
+                counts = block[within]
+            else:
+                place = compact(within)
+                unused = block[place] <= 0
+                counts = block[place] + change
+                block[place] = counts
+            if unused.any() or (change < 0 and int(counts.min()) < 0):
+                cluster = int(clusters[which][unused | (counts < 0)][0])
+                raise ImageCorrupt(
+                    f"Cluster {cluster} is referenced more often than its refcount says",
+                    remedy="Run `stillframe image check --repair all` on the image.",
+                )
+            # Of 64 bits, one too many is negative here.
+            if change > 0 and (int(counts.max()) > self._largest or int(counts.min()) < 0):
+                raise LimitReached(
+                    f"A cluster would be shared more often than refcounts of {self._header.refcount_bits} bits can count",
+                    remedy="Delete a snapshot, or convert the image to one with wider refcounts.",
+                )
 
     def add_run(self, first: int, count: int, change: int) -> None:
         """`add` for clusters next to each other."""
@@ -134,15 +131,13 @@ class Shadow:
     def counts_of(self, clusters: Clusters) -> Counts:
         """The new world's refcounts of these clusters."""
         found = np.zeros(len(clusters), np.int64)
-        blocks = clusters // self._per_block
-        for index in np.unique(blocks).tolist():
-            of_block = blocks == index
-            found[of_block] = self._block(index)[clusters[of_block] - index * self._per_block]
+        for index, which, within in by_block(clusters, self._per_block):
+            found[which] = self._block(index)[within]
         return found
 
     def set_counts(self, index: int, counts: Counts) -> None:
         """All the refcounts of a block, for a repair. :raise LimitReached: wider than the image's."""
-        if len(counts) and int(counts.max()) > largest(self._header.refcount_order):
+        if len(counts) and int(counts.max()) > self._largest:
             raise LimitReached("A cluster is referenced more often than the image's refcounts can count")
         self._block(index)[:] = counts
 
@@ -177,7 +172,7 @@ class Shadow:
         return offset
 
     def place_tables(self, tables: Entries) -> npt.NDArray[np.uint64]:
-        """Write L2 tables, one a row, next to each other: their host offsets."""
+        """Write whole L2 tables next to each other: their host offsets."""
         first = self.allocate(len(tables))
         self.image.file.write(first << self._bits, memoryview(tables.astype(">u8").tobytes()))
         return (np.arange(first, first + len(tables), dtype=np.uint64)) << np.uint64(self._bits)
@@ -240,7 +235,8 @@ class Shadow:
                 if table_clusters:
                     self.count_free(table_first, table_clusters)
                 if entries * 8 > len(self.old.refcount_table):
-                    entries = max(entries + 2, len(self.old.refcount_table) // 8 * 3 // 2)
+                    roomy = max(entries + 2, len(self.old.refcount_table) // 8 * 3 // 2)
+                    entries = max(entries, min(roomy, MAX_REFCOUNT_TABLE_BYTES // 8))
                 table_clusters = header.clusters_for(entries * 8)
                 if table_clusters << self._bits > MAX_REFCOUNT_TABLE_BYTES:
                     raise LimitReached(
@@ -291,7 +287,7 @@ def pack_words(words: Entries) -> bytearray:
 
 
 def read_tables(image: Image, offsets: Entries) -> Iterator[tuple[slice, Entries]]:
-    """L2 tables, some at a time: which of `offsets`, and their entries, one table a row.
+    """L2 tables, some at a time: which of `offsets`, and their words, by table, entry and word of the entry.
 
     :raise ImageCorrupt: no table can be at one of these offsets.
     """
@@ -310,12 +306,16 @@ def read_tables(image: Image, offsets: Entries) -> Iterator[tuple[slice, Entries
         breaks = (np.flatnonzero(np.diff(part.astype(np.int64)) != size) + 1).tolist()
         for a, b in zip([0, *breaks], [*breaks, len(part)], strict=True):
             image.file.readinto(int(part[a]), view[a * size : b * size])
-        tables = np.frombuffer(buffer, ">u8").astype(np.uint64).reshape(len(part), -1)
-        yield slice(start, start + len(part)), tables
+        yield slice(start, start + len(part)), as_tables(buffer, image.header)
+
+
+def as_tables(data: bytearray, header: Header) -> Entries:
+    """The bytes of L2 tables as words, by table, entry and word of the entry."""
+    return np.frombuffer(data, ">u8").astype(np.uint64).reshape(-1, header.l2_entries, header.l2_entry_words)
 
 
 def clusters_of(entries: Entries, bits: int) -> Clusters:
-    """The host clusters that L2 entries count as references to, with repeats.
+    """The host clusters that L2 entries, by their first words, count as references to, with repeats.
 
     :raise ImageCorrupt: a host offset that is not a cluster's start, or beyond the format's end.
     """
