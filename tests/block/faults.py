@@ -8,7 +8,7 @@ a `FaultyNode` fail at each changing call in turn.
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from errno import EIO
 
 from stillframe.block.node import Extent, FileIdentity, ImageInfo, Node, SnapshotStore
@@ -45,6 +45,9 @@ class ForwardingNode(Node):
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         self.inner.write(offset, data)
 
+    def write_durable(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        self.inner.write_durable(offset, data)
+
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
         self.inner.write_zeroes(offset, length, unmap=unmap)
 
@@ -69,9 +72,12 @@ class ForwardingNode(Node):
 
 @dataclass(frozen=True, slots=True)
 class Write:
+    """:param is_durable: from `write_durable`: by its return it was, unlike what was written before."""
+
     offset: int
     data: bytes
     file: int = 0
+    is_durable: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +159,11 @@ class RecordingNode(ForwardingNode):
             super().write(offset, data)
             self.log.append(Write(offset, bytes(data), self.file))
 
+    def write_durable(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        with self.journal.order:
+            super().write_durable(offset, data)
+            self.log.append(Write(offset, bytes(data), self.file, is_durable=True))
+
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
         with self.journal.order:
             super().write_zeroes(offset, length, unmap=unmap)
@@ -190,7 +201,7 @@ def apply(image: bytearray, step: Step) -> None:
 
 
 class FaultyNode(ForwardingNode):
-    """Fails at the changing call number `fail_at` (writes, zeroes, discards, truncates, flushes; from 0),
+    """Fails at the changing call number `fail_at` (writes, durable ones too, zeroes, discards, truncates, flushes; from 0),
     before doing it.
 
     :param forever: all calls from that one on fail, as on a disk that died; else the one alone, as on a full
@@ -219,6 +230,10 @@ class FaultyNode(ForwardingNode):
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         self._step("write to")
         super().write(offset, data)
+
+    def write_durable(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        self._step("flush")
+        super().write_durable(offset, data)
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
         self._step("write to")

@@ -138,6 +138,53 @@ def test_a_flush_that_failed_once_never_succeeds_again(
         node.close()
 
 
+def test_a_durable_write_that_failed_in_the_storage_counts_as_a_flush_that_failed(
+    node: FileNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, "lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", fail)
+        with pytest.raises(IOFailed, match="Could not flush"):
+            node.write_durable(0, b"x")
+    with pytest.raises(IOFailed):
+        node.write_durable(0, b"x")
+    with pytest.raises(IOFailed):
+        node.flush()
+    with pytest.raises(IOFailed):
+        node.close()
+
+
+def test_no_room_for_a_durable_write_leaves_the_file_usable(
+    node: FileNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", fail)
+        with pytest.raises(NoSpace):
+            node.write_durable(0, b"x")
+    node.write_durable(1, b"after")
+    node.flush()
+    assert node.read(0, 6) == b"\0after"
+
+
+def test_where_the_storage_knows_no_durable_write_the_file_is_flushed(
+    node: FileNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, "unknown flag")
+
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "pwritev", fail)
+    monkeypatch.setattr(os, "fdatasync", flushed.append)
+    node.write_durable(2, b"x")
+    assert flushed
+    assert node.read(2, 1) == b"x"
+
+
 def test_the_storages_errno_reaches_the_caller(node: FileNode, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail_with(number: int):
         def fail(*_: object) -> int:

@@ -1,7 +1,8 @@
 """Every state that a death of the machine, or of the process, can leave of recorded files.
 
 What the storage promises, and nothing more: a flush of a file that has returned makes durable what was done to that file
-before it. The changes since then are *open*:
+before it; a durable write that has returned stands, whatever becomes of what was done before it. The other changes since the flush
+are *open*:
 
     process death   all of them stand
     power loss      any of them stand, in any combination; of a write, a zeroing or a punch any of its sectors of 512 bytes,
@@ -10,8 +11,8 @@ before it. The changes since then are *open*:
 Where two that stand changed the same bytes, the later one is seen. So a state is: the durable bytes, and for each open change
 which of its sectors stand.
 
-From a log come all process deaths, one after each change, and of power losses: for each *window* (what is open just before a
-flush, or at the end; earlier instants are subsets of it) first those that are most telling, then seeded samples without end.
+From a log come all process deaths, one after each change, and of power losses: for each *window* (what is open just before the
+end of a flush or of a durable write, or at the end of the log; earlier instants are subsets of it) first those that are most telling, then seeded samples without end.
 """
 
 import random
@@ -54,10 +55,14 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """An instant, and what is open then."""
+    """An instant, and what is open then.
+
+    :param changes: since the flush. :param standing: the numbers of those that are not open.
+    """
 
     durable: Files
     changes: tuple[Change, ...]
+    standing: frozenset[int]
     mark: object
     at: int
 
@@ -118,16 +123,21 @@ def process_deaths(start: Files, steps: Sequence[Step]) -> Iterator[State]:
 
 
 def windows(start: Files, steps: Sequence[Step]) -> Iterator[Window]:
-    """Before each flush that ends something, and at the end."""
+    """Before the end of each flush that ends something, and of each durable write, and at the end."""
     durable = [bytearray(each) for each in start]
     changes: list[Change] = []
     mark = None
+
+    def window(at: int, returned: int) -> Window:
+        standing = frozenset(n for n, each in enumerate(changes[:returned]) if _is_durable(each))
+        return Window(tuple(map(bytes, durable)), tuple(changes), standing, mark, at)
+
     for at, step in enumerate([*steps, *map(Flush, range(len(start)))]):
         match step:
             case Mark(what):
                 mark = what
             case Flush(file) if any(each.file == file for each in changes):
-                yield Window(tuple(map(bytes, durable)), tuple(changes), mark, at)
+                yield window(at, len(changes))
                 for each in changes:
                     if each.file == file:
                         apply(durable[file], each)
@@ -136,6 +146,12 @@ def windows(start: Files, steps: Sequence[Step]) -> Iterator[Window]:
                 pass
             case _:
                 changes.append(step)
+                if _is_durable(step):
+                    yield window(at, len(changes) - 1)
+
+
+def _is_durable(change: Change) -> bool:
+    return isinstance(change, Write) and change.is_durable
 
 
 def _choices(changes: Sequence[Change], chance: random.Random) -> Iterator[Choice]:
@@ -189,8 +205,8 @@ def _left(window: Window, choice: Choice) -> State:
     """The state in which this stands."""
     files = [bytearray(each) for each in window.durable]
     for number, change in enumerate(window.changes):
-        if number in choice:
-            sectors = choice[number]
+        if number in choice or number in window.standing:
+            sectors = None if number in window.standing else choice[number]
             for part in [change] if sectors is None else _torn(change, sectors):
                 apply(files[change.file], part)
     return _state(tuple(map(bytes, files)), window.mark, "power loss", window.at)

@@ -2,7 +2,7 @@
 
 All I/O is positioned (`preadv`, `pwrite`), so any number of threads may use one node at a time. `flush` is
 `fdatasync`; a flush that failed once fails for ever, since the kernel may have dropped what it could not
-write and would report success next.
+write and would report success next. `write_durable` is `pwritev2` with RWF_DSYNC, and its failures are flushes'.
 """
 
 import contextlib
@@ -39,6 +39,7 @@ _FALLOC_PUNCH_HOLE = 0x02
 _FALLOC_ZERO_RANGE = 0x10
 _NOT_DONE_BY_THIS_STORAGE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY})
 _WRITTEN_AT_ONCE = 1 << 20
+_WRITE_THROUGH: int | None = getattr(os, "RWF_DSYNC", None)
 _MAX_OFFSET = (1 << 63) - 1
 _REFUSED_OPENS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG})
 
@@ -191,6 +192,26 @@ class FileNode(Node):
         except OSError as error:
             raise self._write_failed(error) from error
 
+    def write_durable(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        rest = memoryview(data).cast("B")
+        # Once as an ordinary write: what fails for want of space then is known not to have failed in the storage.
+        self.write(offset, rest)
+        if _WRITE_THROUGH is None:
+            self.flush()
+            return
+        self._refuse_after_failed_flush()
+        try:
+            while rest:
+                count = os.pwritev(self._fd, [rest], offset, _WRITE_THROUGH)
+                rest = rest[count:]
+                offset += count
+        except OSError as error:
+            if error.errno in _NOT_DONE_BY_THIS_STORAGE:
+                self.flush()
+                return
+            self._flush_error = error.errno or errno.EIO
+            raise self._flush_failed(error) from error
+
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
         refuse_write(self, offset, length)
         if length == 0:
@@ -218,8 +239,7 @@ class FileNode(Node):
     def flush(self) -> None:
         if self.read_only:
             return
-        if self._flush_error is not None:
-            raise self._flush_failed(OSError(self._flush_error, os.strerror(self._flush_error)))
+        self._refuse_after_failed_flush()
         try:
             os.fdatasync(self._fd)
         except OSError as error:
@@ -308,6 +328,10 @@ class FileNode(Node):
                 return False
             raise
         return True
+
+    def _refuse_after_failed_flush(self) -> None:
+        if self._flush_error is not None:
+            raise self._flush_failed(OSError(self._flush_error, os.strerror(self._flush_error)))
 
     def _write_failed(self, error: OSError) -> IOFailed:
         return io_failed(f"Could not write to '{self.filename}'", error)

@@ -351,6 +351,14 @@ class Node(ABC):
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Put `data` at `offset`; durable after the next `flush` that follows its return."""
 
+    def write_durable(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """`write`, on stable storage at its return, as far as the file's end if need be.
+
+        Nothing is said of what was written before: that is what makes it cheaper than `write` and `flush`.
+        """
+        self.write(offset, data)
+        self.flush()
+
     @abstractmethod
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
         """Make a range read as zeroes. :param unmap: its space may be given back."""

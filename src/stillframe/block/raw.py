@@ -71,6 +71,10 @@ class RawNode(Node):
         refuse_write(self, offset, memoryview(data).nbytes)
         self._file.write(self._offset + offset, data)
 
+    def write_durable(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        refuse_write(self, offset, memoryview(data).nbytes)
+        self._file.write_durable(self._offset + offset, data)
+
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
         refuse_write(self, offset, length)
         self._file.write_zeroes(self._offset + offset, length, unmap=unmap and self._discard)

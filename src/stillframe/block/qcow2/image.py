@@ -413,8 +413,12 @@ class Image:
             new = cluster << self.header.cluster_bits
             table = bytearray(self.mapping.table(offset)) if offset else bytearray(self.cluster_size)
             with self.gate.released():
-                self.file.write(new, table)
-                self.flush_files()
+                if offset:
+                    # Its entries may lead to data that is not durable yet.
+                    self.file.write(new, table)
+                    self.flush_files()
+                else:
+                    self.file.write_durable(new, table)
             self.set_l1_entry(index, new | COPIED)
             self.note_table(new)
             self.mapping.remember(new, table)

@@ -49,11 +49,32 @@ class ImageFile:
         """Write, growing the file as far as it takes; `data` is a buffer of bytes."""
         end = offset + len(data)
         if end > self._written:
-            with self._growing:
-                self._written = max(self._written, end)
+            self._grow_to(end)
+        self.node.write(offset, data)
+
+    def write_durable(self, offset: int, data: "bytes | bytearray | memoryview") -> None:
+        """`write`, durable at its return whatever was written before; see `Node.write_durable`."""
+        self._grow_to(offset + len(data))
+        self.node.write_durable(offset, data)
+
+    def grow_durably(self, size: int, *, ahead: int) -> None:
+        """Make the file at least this large, durably, for what is to be written later.
+
+        A device keeps its size, and refuses the write when it comes.
+
+        :param ahead: bytes more, if it must grow.
+        """
+        if size > self.node.size and self.node.driver != "host_device":
+            size += ahead
+            self.grow(size)
+            # A byte of zero, which says nothing new, but that the file reaches to it.
+            self.node.write_durable(size - 1, b"\0")
+
+    def _grow_to(self, end: int) -> None:
         if end > self.node.size:
             self.grow(end)
-        self.node.write(offset, data)
+        with self._growing:
+            self._written = max(self._written, end)
 
     def grow(self, size: int) -> None:
         """Make the file at least this large; the new bytes are zeroes. :raise NoSpace: a device has its size."""
@@ -63,11 +84,6 @@ class ImageFile:
                 raise io_failed(f"Could not write to node '{self.node.node_name}'", full) from full
             if size > self.node.size:
                 self.node.truncate(size)
-
-    def grow_ahead(self, size: int) -> None:
-        """`grow` for what is to be written later: a device keeps its size, and refuses the write when it comes."""
-        if size > self.node.size and self.node.driver != "host_device":
-            self.grow(size)
 
     def shrink(self, size: int) -> None:
         """Give back what lies behind `size`, where the storage can be made smaller."""

@@ -5,8 +5,8 @@
 On disk, at every instant, a refcount is at least the number of references that the file holds to its cluster. Three rules
 keep that without a flush for each write:
 
-    lease     guest data and L2 tables get clusters out of a lease: refcounts of one, raised in bulk and flushed before the
-              first of them is handed out, with a file long enough to hold them. What a crash leaves of a lease is a leak.
+    lease     guest data and L2 tables get clusters out of a lease: refcounts of one, raised in bulk and durable before the
+              first of them is handed out, in a file that is durably long enough. What a crash leaves of a lease is a leak.
     drop      a reference that was taken out of a table is counted down only after a flush has made that durable, and when
               nobody who looked it up before is still at it (`settle`)
     reserve   clusters that no table in force points to (a pending snapshot's state, tables not yet switched to) are
@@ -39,13 +39,22 @@ if TYPE_CHECKING:
 
 BLOCKS_CACHED = 64
 FIRST_LEASE_BYTES = 2 << 20
-LARGEST_LEASE_BYTES = 64 << 20
+LARGEST_LEASE_BYTES = 128 << 20
+LEASE_GROWTH = 8
+GROWN_AHEAD = 3
+"""The file's length grows for so many leases more."""
 RUNS_IN_LEASE = 64
 DROPPED_AT_MOST = 1 << 16
 """Dropped clusters after which a flush of our own is due."""
 
+_WRITTEN_THROUGH_AT_MOST = 4
+"""Parts of a lease that are made durable one by one; more of them with one flush of the file."""
+
 ClusterRun = tuple[int, int]
 """First host cluster, and how many."""
+
+Written = tuple[int, bytes]
+"""Host offset and bytes of a write."""
 
 
 class Refcounts:
@@ -113,19 +122,20 @@ class Refcounts:
         while len(self._blocks) > BLOCKS_CACHED:
             self._blocks.popitem(last=False)
 
-    def _store(self, index: int, first: int, end: int) -> None:
+    def _store(self, index: int, first: int, end: int) -> Written:
         """Write refcounts `first` to `end` of a cached block through; on an error the block is read anew."""
         block = self._blocks[index]
         octet = max(1, 8 >> self._order)
         first -= first % octet
         end += -end % octet
+        data = encode(block[first:end], self._order)
+        offset = self.block_offset(index) + (first << self._order >> 3)
         try:
-            self._image.file.write(
-                self.block_offset(index) + (first << self._order >> 3), encode(block[first:end], self._order)
-            )
+            self._image.file.write(offset, data)
         except BaseException:
             self._blocks.pop(index, None)
             raise
+        return offset, data
 
     # Finding room.
 
@@ -251,7 +261,9 @@ class Refcounts:
     def _extend_lease(self, wanted: int) -> None:
         image = self._image
         wanted = max(wanted, self._lease_clusters)
-        self._lease_clusters = min(2 * self._lease_clusters, max(16, LARGEST_LEASE_BYTES >> self._bits))
+        self._lease_clusters = min(
+            LEASE_GROWTH * self._lease_clusters, max(16, LARGEST_LEASE_BYTES >> self._bits)
+        )
         found = self._find_for_lease(wanted)
         last_block = max(first + count - 1 for first, count in found) // self._per_block
         try:
@@ -262,16 +274,16 @@ class Refcounts:
                     self._keep_counted(found)
                     if not found:
                         raise
-            leased, created = self._raise_to_one(found)
+            leased, created, written = self._raise_to_one(found)
             with image.gate.released():
                 # An entry may reach the disk before the new length of the file does, and must not point past its end.
-                image.file.grow_ahead(max(first + count for first, count in found) << self._bits)
-                image.file.flush()
+                # Further than this lease, so that not each of them must wait for it.
+                end = max(first + count for first, count in found)
+                image.file.grow_durably(end << self._bits, ahead=GROWN_AHEAD * wanted << self._bits)
+            self._make_durable(written)
             if created:
                 # The blocks are durable, and count themselves, before the table points to them.
-                self._link_blocks(created)
-                with image.gate.released():
-                    image.file.flush()
+                self._make_durable(self._link_blocks(created))
         except BaseException:
             for first, count in found:
                 self.unreserve(first, count)
@@ -279,6 +291,20 @@ class Refcounts:
         for first, count in found:
             self._mark(first, count, False)
         self._lease.extend(leased)
+
+    def _make_durable(self, written: list[Written]) -> None:
+        """What was just written reaches the storage, without all that the guest has written meanwhile if they are few.
+
+        Gives up the lock for that, where nobody else can have changed a part of the same bytes since.
+        """
+        image = self._image
+        if len(written) > _WRITTEN_THROUGH_AT_MOST or self._order < 3:
+            with image.gate.released():
+                image.file.flush()
+            return
+        with image.gate.released():
+            for offset, data in written:
+                image.file.write_durable(offset, data)
 
     def _find_for_lease(self, wanted: int) -> list[ClusterRun]:
         found: list[ClusterRun] = []
@@ -305,19 +331,22 @@ class Refcounts:
             else:
                 del found[at]
 
-    def _raise_to_one(self, found: list[ClusterRun]) -> tuple[list[ClusterRun], list[ClusterRun]]:
+    def _raise_to_one(
+        self, found: list[ClusterRun]
+    ) -> tuple[list[ClusterRun], list[ClusterRun], list[Written]]:
         """Write refcounts of one for reserved runs, and blocks for them where there are none.
 
-        :return: what is left to be leased; the new blocks, as index and cluster.
+        :return: what is left to be leased; the new blocks, as index and cluster; what was written.
         """
         leased: list[ClusterRun] = []
+        written: list[Written] = []
         created: dict[int, tuple[int, Counts]] = {}
         for index, start, end in (part for run in found for part in self._split(*run)):
             base = index * self._per_block
             block = self.block(index)
             if block is not None:
                 block[start:end] = 1
-                self._store(index, start, end)
+                written.append(self._store(index, start, end))
             elif index in created:
                 created[index][1][start:end] = 1
             else:
@@ -328,17 +357,23 @@ class Refcounts:
             if end > start:
                 leased.append((base + start, end - start))
         for cluster, block in created.values():
-            self._image.file.write(cluster << self._bits, encode(block, self._order))
-        return leased, [(index, cluster) for index, (cluster, _) in created.items()]
+            data = encode(block, self._order)
+            self._image.file.write(cluster << self._bits, data)
+            written.append((cluster << self._bits, data))
+        return leased, [(index, cluster) for index, (cluster, _) in created.items()], written
 
-    def _link_blocks(self, created: list[tuple[int, int]]) -> None:
+    def _link_blocks(self, created: list[tuple[int, int]]) -> list[Written]:
         """Write the refcount table's entries of new blocks: index and cluster, ascending."""
         world = self._image.world
+        written: list[Written] = []
         for index, cluster in created:
             entry = struct.pack(">Q", cluster << self._bits)
-            self._image.file.write(world.header.refcount_table_offset + index * 8, entry)
+            offset = world.header.refcount_table_offset + index * 8
+            self._image.file.write(offset, entry)
+            written.append((offset, entry))
             world.refcount_table[index * 8 : index * 8 + 8] = entry
             self._image.note_metadata(cluster, "refcount block")
+        return written
 
     def _grow_table(self, blocks: int) -> None:
         """A longer refcount table, behind all that the present one covers, with the blocks that count it."""

@@ -103,8 +103,7 @@ class Shadow:
                     f"Cluster {cluster} is referenced more often than its refcount says",
                     remedy="Run `stillframe image check --repair all` on the image.",
                 )
-            # Of 64 bits, one too many is negative here.
-            if change > 0 and (int(counts.max()) > self._largest or int(counts.min()) < 0):
+            if change > 0 and int(counts.max()) > self._largest:
                 raise LimitReached(
                     f"A cluster would be shared more often than refcounts of {self._header.refcount_bits} bits can count",
                     remedy="Delete a snapshot, or convert the image to one with wider refcounts.",
