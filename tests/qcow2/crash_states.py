@@ -12,7 +12,8 @@ Where two that stand changed the same bytes, the later one is seen. So a state i
 which of its sectors stand.
 
 From a log come all process deaths, one after each change, and of power losses: for each *window* (what is open just before the
-end of a flush or of a durable write, or at the end of the log; earlier instants are subsets of it) first those that are most telling, then seeded samples without end.
+end of a flush or of a durable write, or at the end of the log; earlier instants are subsets of it) first those that are most
+telling, then seeded samples without end.
 """
 
 import random

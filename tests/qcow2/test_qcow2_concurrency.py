@@ -2,12 +2,17 @@
 
 import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from qcow2.images import assert_clean, delete, make, named, opened, revert
-from stillframe.block.node import SnapshotRecord
+from block.faults import ForwardingNode
+from qcow2.images import assert_clean, delete, make, named, opened, revert, take
+from qcow2.memory import MemoryNode
+from stillframe.block.node import Node, SnapshotRecord
+from stillframe.block.qcow2 import Qcow2Node, create_image
+from stillframe.block.qcow2.check import check
 
 AREA = 1 << 20
 BLOCK = 4096
@@ -99,3 +104,55 @@ def test_guests_write_while_snapshots_come_and_go(cluster_size: int, tmp_path: P
             revert(node, name)
             assert node.read(0, 3 * AREA) == content
     assert_clean(path)
+
+
+class _GuestGoesOn(ForwardingNode):
+    """While space is given back, a guest writes where it has not written before, and must not be held back by it."""
+
+    def __init__(self, inner: Node) -> None:
+        super().__init__(inner)
+        self.guest: Callable[[], None] | None = None
+        self.was_held_back = False
+
+    def discard(self, offset: int, length: int) -> None:
+        if self.guest is not None:
+            thread = threading.Thread(target=self.guest)
+            thread.start()
+            thread.join(20)
+            self.was_held_back |= thread.is_alive()
+        super().discard(offset, length)
+
+
+def test_a_guest_allocates_while_a_delete_gives_space_back() -> None:
+    inner = MemoryNode()
+    create_image(inner, 1 << 20, cluster_size=512)
+    file = _GuestGoesOn(inner)
+    node = Qcow2Node("node", file)
+    for at in range(0, 1 << 16, 1024):
+        node.write(at, b"\x11" * 512)
+    take(node, "old")
+    for at in range(0, 1 << 16, 1024):
+        node.write(at, b"\x22" * 512)
+    node.flush()
+    # Whatever is leased is used up soon, and more must be found beside what is being given back.
+    places = iter(range(1 << 16, 1 << 20, 8192))
+    written: list[int] = []
+
+    def guest() -> None:
+        at = next(places, None)
+        if at is not None:
+            node.write(at, b"\x33" * 8192)
+            written.append(at)
+
+    file.guest = guest
+    delete(node, "old")
+    file.guest = None
+    assert not file.was_held_back
+    assert len(written) > 10
+    for at in range(0, 1 << 16, 1024):
+        assert node.read(at, 512) == b"\x22" * 512
+    for at in written:
+        assert node.read(at, 8192) == b"\x33" * 8192
+    node.close()
+    found = check(inner)
+    assert (found.corruptions, found.leaks) == (0, 0), found.messages

@@ -127,7 +127,7 @@ class SwitchChange:
         if self._stage is not Stage.COMMITTED:
             return
         image = self._image
-        bits = image.header.cluster_bits
+        freed = self._shadow.freed()
         try:
             if self._pending is not None:
                 with image.gate.lock:
@@ -136,10 +136,23 @@ class SwitchChange:
             image.gate.let_writes_go()
             with image.gate.lock:
                 image.gate.wait_until_quiet()
-            for first, count in self._shadow.freed():
-                image.file.discard(first << bits, count << bits)
+                for first, count in freed:
+                    image.refcounts.hold(first, count)
         finally:
             self._over()
+        self._punch(freed)
+
+    def _punch(self, freed: list[tuple[int, int]]) -> None:
+        """Give space back while the guest goes on, which can take long: nothing of it is handed out before."""
+        image = self._image
+        bits = image.header.cluster_bits
+        try:
+            for first, count in freed:
+                image.file.discard(first << bits, count << bits)
+        finally:
+            with image.gate.lock:
+                for first, count in freed:
+                    image.refcounts.unreserve(first, count)
 
     def roll_back(self) -> None:
         """See `Change`; before a commit it is `abandon`, for a second time nothing."""

@@ -82,15 +82,15 @@ class CheckResult:
         }
 
     def corrupt(self, text: str, times: int = 1) -> None:
-        """Note a corruption."""
+        """Note a corruption. :param text: the whole line."""
         self.corruptions += times
-        self.say(f"ERROR {text}")
+        self.say(text)
 
     def corrupt_each(self, words: Entries | Clusters, text: Callable[[int], str], times: int = 1) -> None:
-        """Note a corruption for each of many."""
+        """Note a corruption for each of many. :param text: makes the whole line of one."""
         self.corruptions += len(words) * times
         for word in words[: self.room].tolist():
-            self.say(f"ERROR {text(word)}")
+            self.say(text(word))
 
     @property
     def room(self) -> int:
@@ -149,7 +149,7 @@ class Walk:
             self.result.corrupt_each(
                 clusters[outside],
                 lambda cluster: (
-                    "counting reference for region exceeding the end of the file by one cluster or more: "
+                    "ERROR: counting reference for region exceeding the end of the file by one cluster or more: "
                     f"offset {cluster << self._bits:#x} size {self._header.cluster_size:#x}"
                 ),
             )
@@ -188,12 +188,14 @@ class Walk:
         table = np.frombuffer(world.refcount_table, ">u8")
         for index in np.flatnonzero(table).tolist():
             offset = int(table[index])
-            if offset & REFCOUNT_TABLE_RESERVED or not aligned(offset, header.cluster_size - 1):
+            if offset & REFCOUNT_TABLE_RESERVED:
+                self.result.corrupt(f"ERROR refcount table entry {index} has reserved bits set")
+            elif not aligned(offset, header.cluster_size - 1):
                 self.result.corrupt(
-                    f"refcount block {index} is not cluster aligned; refcount table entry corrupted"
+                    f"ERROR refcount block {index} is not cluster aligned; refcount table entry corrupted"
                 )
             elif offset >= self.image.file.size:
-                self.result.corrupt(f"refcount block {index} is outside image")
+                self.result.corrupt(f"ERROR refcount block {index} is outside image")
             else:
                 self._count_range(offset, header.cluster_size)
                 self._take_block(index, offset)
@@ -215,7 +217,7 @@ class Walk:
         wrong = (offsets & np.uint64(self._header.cluster_size - 1)) != 0
         self.result.corrupt_each(
             offsets[wrong],
-            lambda offset: f"l2_offset={offset:#x}: Table is not cluster aligned; L1 entry corrupted",
+            lambda offset: f"ERROR l2_offset={offset:x}: Table is not cluster aligned; L1 entry corrupted",
         )
         offsets, times = offsets[~wrong], times[~wrong]
         for start in range(0, len(offsets), self._rows):
@@ -235,7 +237,7 @@ class Walk:
         for root, often in self._roots():
             reserved = root[(root & np.uint64(L1_RESERVED)) != 0]
             self.result.corrupt_each(
-                reserved, lambda word: f"found L1 entry with reserved bits set: {word:x}", often
+                reserved, lambda word: f"ERROR found L1 entry with reserved bits set: {word:x}", often
             )
             found = root & U_OFFSET
             waiting.append((found[found != 0], often))
@@ -251,11 +253,13 @@ class Walk:
         image, header = self.image, self._header
         yield l1_words(image.world.l1), 1
         used: dict[tuple[int, int], int] = {}
+        if header.has_data_file and image.world.snapshots:
+            self.result.corrupt(f"ERROR {len(image.world.snapshots)} snapshots in image with data file")
         for number, entry in enumerate(image.world.snapshots):
             name = entry.name.decode("utf-8", "replace")
-            what = f"snapshot {entry.id.decode('utf-8', 'replace')} ({name})"
+            what = f"ERROR snapshot {entry.id.decode('utf-8', 'replace')} ({name})"
             if header.version >= 3 and not entry.is_complete:
-                self.result.corrupt(f"snapshot table entry {number} is incomplete")
+                self.result.corrupt(f"ERROR snapshot table entry {number} is incomplete")
             if entry.l1_offset & (header.cluster_size - 1):
                 self.result.corrupt(
                     f"{what} l1_offset={entry.l1_offset:#x}: L1 table is not cluster aligned; "
@@ -271,7 +275,7 @@ class Walk:
         if sum(l1_size * 8 for _, l1_size in used) > image.file.size:
             # They overlap, and reading them all could take for ever.
             self.result.check_errors += 1
-            self.result.corrupt("the L1 tables of the snapshots are larger than the file: not followed")
+            self.result.corrupt("ERROR the L1 tables of the snapshots are larger than the file: not followed")
             return
         for (l1_offset, l1_size), often in used.items():
             self._count_range(l1_offset, l1_size * 8, often)
@@ -297,7 +301,7 @@ class Walk:
         reserved = ~packed & ((words & np.uint64(L2_RESERVED)) != 0)
         if reserved.any():
             result.corrupt_each(
-                words[reserved], lambda word: f"found l2 entry with reserved bits set: {word:x}", times
+                words[reserved], lambda word: f"ERROR found l2 entry with reserved bits set: {word:x}", times
             )
         if self._header.has_extended_l2:
             self._check_parts(tables, packed, times)
@@ -308,7 +312,7 @@ class Walk:
             result.corrupt_each(
                 hosts[which],
                 lambda offset, kind=kind: (  # type: ignore[misc]
-                    f"offset={offset:x}: {kind} cluster is not properly aligned; L2 entry corrupted."
+                    f"ERROR offset={offset:x}: {kind} cluster is not properly aligned; L2 entry corrupted."
                 ),
                 times,
             )
@@ -339,13 +343,15 @@ class Walk:
         both = here & ((parts >> np.uint64(32)) & parts & _U_LOW != 0)
         self.result.corrupt_each(
             words[both] & U_OFFSET,
-            lambda offset: f"offset={offset:x}: Allocated cluster has corrupted subcluster allocation bitmap",
+            lambda offset: (
+                f"ERROR offset={offset:x}: Allocated cluster has corrupted subcluster allocation bitmap"
+            ),
             times,
         )
         nowhere = ~packed & ~here & (parts & _U_LOW != 0)
         if nowhere.any():
             count = int(nowhere.sum()) * times
-            self.result.corrupt("Unallocated cluster has non-zero subcluster allocation map", count)
+            self.result.corrupt("ERROR: Unallocated cluster has non-zero subcluster allocation map", count)
 
     def _count_packed(self, tables: Entries, packed: npt.NDArray[np.bool_], times: int) -> None:
         words = tables[..., 0][packed]
@@ -353,7 +359,7 @@ class Walk:
         self.result.corrupt_each(
             copied,
             lambda word: (
-                f"coffset={word & _offset_mask(self._bits):#x}: copied flag must never be set for compressed clusters"
+                f"ERROR: coffset={word & _offset_mask(self._bits):#x}: copied flag must never be set for compressed clusters"
             ),
             times,
         )
@@ -369,7 +375,9 @@ class Walk:
             numbers = np.flatnonzero(is_wrong)
             self.result.corrupt_each(
                 numbers,
-                lambda number: f"compressed cluster {where[number]} {impossible}, entry={words[number]:#x}",
+                lambda number: (
+                    f"ERROR compressed cluster {where[number]} {impossible}, entry={words[number]:#x}"
+                ),
                 times,
             )
             words = words[~is_wrong]
@@ -432,7 +440,7 @@ class Walk:
         result.corrupt_each(
             np.flatnonzero(wrong),
             lambda number: (
-                f"OFLAG_COPIED L2 cluster: l1_index={used[number]} l1_entry={active[used[number]]:x} "
+                f"ERROR OFLAG_COPIED L2 cluster: l1_index={used[number]} l1_entry={active[used[number]]:x} "
                 f"refcount={counts[number]}"
             ),
         )
@@ -461,7 +469,9 @@ class Walk:
         wrong = np.flatnonzero((counts == 1) != ((plain & U_COPIED) != 0))
         result.corrupt_each(
             wrong,
-            lambda number: f"OFLAG_COPIED data cluster: l2_entry={plain[number]:x} refcount={counts[number]}",
+            lambda number: (
+                f"ERROR OFLAG_COPIED data cluster: l2_entry={plain[number]:x} refcount={counts[number]}"
+            ),
         )
 
 
