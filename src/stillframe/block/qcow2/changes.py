@@ -365,10 +365,7 @@ def prepare_delete(image: Image, entry: SnapshotEntry) -> SwitchChange:
 
 
 def own_again(shadow: Shadow, active: Entries) -> Entries:
-    """The active L1 with COPIED wherever, and only where, the new world's refcount is one.
-
-    Clusters of a data file have no refcounts, and keep theirs.
-    """
+    """The active L1 with COPIED wherever, and only where, the new world's refcount is one, or the cluster a data file's."""
     header = shadow.image.header
     bits = header.cluster_bits
     new = active.copy()
@@ -376,16 +373,19 @@ def own_again(shadow: Shadow, active: Entries) -> Entries:
     offsets = active & U_OFFSET
     for which, tables in read_tables(shadow.image, offsets[used]):
         indices = used[which]
-        changed = np.zeros(len(tables), np.bool_)
-        if not header.has_data_file:
-            words = tables[..., 0]
-            hosts = words & U_OFFSET
-            plain = (hosts != 0) & ((words & U_COMPRESSED) == 0)
+        words = tables[..., 0]
+        is_copied = (words & U_COPIED) != 0
+        hosts = words & U_OFFSET
+        plain = (hosts != 0) & ((words & U_COMPRESSED) == 0)
+        if header.has_data_file:
+            # There, COPIED alone makes offset 0 a place.
+            is_own = plain | is_copied
+        else:
             is_own = np.zeros(words.shape, np.bool_)
             is_own[plain] = shadow.counts_of(hosts[plain].astype(np.int64) >> bits) == 1
-            wrong = is_own != ((words & U_COPIED) != 0)
-            changed = wrong.any(axis=1)
-            words ^= np.where(wrong, U_COPIED, np.uint64(0))
+        wrong = is_own != is_copied
+        changed = wrong.any(axis=1)
+        words ^= np.where(wrong, U_COPIED, np.uint64(0))
         same = indices[~changed]
         counts = shadow.counts_of(offsets[same].astype(np.int64) >> bits)
         new[same] = offsets[same] | np.where(counts == 1, U_COPIED, np.uint64(0))

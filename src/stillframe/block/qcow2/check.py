@@ -376,7 +376,7 @@ class Walk:
             self.result.corrupt_each(
                 numbers,
                 lambda number: (
-                    f"ERROR compressed cluster {where[number]} {impossible}, entry={words[number]:#x}"
+                    f"ERROR compressed cluster {where[number]} {impossible}, entry={words[number] & ~U_COPIED:#x}"
                 ),
                 times,
             )
@@ -463,9 +463,9 @@ class Walk:
         if len(words) > 1:
             apart &= np.diff(np.nonzero(here)[0]) == 0
         result.fragmented_clusters += int(apart.sum())
-        if header.has_data_file:
-            return
-        counts = self.refcounts_of(hosts >> self._bits)
+        # Nothing counts the clusters of a data file: they are the image's own.
+        is_counted = not header.has_data_file
+        counts = self.refcounts_of(hosts >> self._bits) if is_counted else np.ones(len(hosts), np.int64)
         wrong = np.flatnonzero((counts == 1) != ((plain & U_COPIED) != 0))
         result.corrupt_each(
             wrong,

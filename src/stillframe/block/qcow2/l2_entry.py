@@ -14,12 +14,14 @@ from stillframe.block.qcow2.layout import COMPRESSED, COPIED, MAX_OFFSET, OFFSET
 from stillframe.errors import ImageCorrupt
 
 _WORD = (1 << 64) - 1
+_OWN_DATA = COPIED | COMPRESSED | ZERO
 
 
 class L2Format:
     """How the L2 entries of an image are to be read and made.
 
-    :ivar entry_size: bytes. :ivar subclusters: of one cluster. :ivar every: the mask of all of them.
+    :ivar is_plain: entries are a word, and clusters lie in the image file. :ivar entry_size: bytes.
+    :ivar subclusters: of one cluster. :ivar every: the mask of all of them.
     """
 
     def __init__(self, header: Header) -> None:
@@ -28,6 +30,7 @@ class L2Format:
         self._inside = header.cluster_size - 1
         self.has_data_file = header.has_data_file
         self.is_extended = header.has_extended_l2
+        self.is_plain = not self.is_extended and not self.has_data_file
         self.entry_size = 8 * header.l2_entry_words
         self.subclusters = 32 if self.is_extended else 1
         self.subcluster_bits = header.cluster_bits - (5 if self.is_extended else 0)
@@ -133,6 +136,20 @@ class L2Format:
                 f"External data file host cluster offset {host:#x} does not match guest cluster offset: "
                 f"{cluster << self._cluster_bits:#x}"
             )
+
+    def is_own_row(self, entries: tuple[int, ...]) -> bool:
+        """Whether these are whole clusters of data, each nobody else's, next to each other; False where that takes longer
+        to find out."""
+        return self.is_plain and entries[0] & _OWN_DATA == COPIED and self.is_row(entries)
+
+    def is_row(self, entries: tuple[int, ...]) -> bool:
+        """Whether entries that are a single word have places next to each other, aligned, and agree in all the rest."""
+        first, count, size = entries[0], len(entries), self._inside + 1
+        return (
+            bool(first & OFFSET_MASK)
+            and not first & self._inside & OFFSET_MASK
+            and (count == 1 or entries == tuple(range(first, first + count * size, size)))
+        )
 
     # Entries made.
 

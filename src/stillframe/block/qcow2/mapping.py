@@ -48,7 +48,6 @@ class Mapping:
     def __init__(self, file: ImageFile, header: Header) -> None:
         self._file = file
         self.l2 = L2Format(header)
-        self._is_plain = not header.has_extended_l2 and not header.has_data_file
         self._cluster_bits = header.cluster_bits
         self._cluster_size = header.cluster_size
         self._span_bits = header.l2_span.bit_length() - 1
@@ -229,8 +228,12 @@ class Mapping:
             within = offset & (size - 1)
             count = (within + stop - offset + size - 1) >> self._cluster_bits
             entries = self.l2.unpack(table, index, count)
-            if not self._is_plain:
+            if not self.l2.is_plain:
                 self._extend_by_subclusters(found, entries, offset, stop)
+                offset = stop
+                continue
+            if not entries[0] & (COMPRESSED | ZERO) and self.l2.is_row(entries):
+                _extend(found, DATA, stop - offset, (entries[0] & OFFSET_MASK) + within)
                 offset = stop
                 continue
             for entry in entries:

@@ -90,8 +90,11 @@ def _own_run(image: Image, offset: int, length: int) -> tuple[int, int]:
         return 0, 0
     within = at = offset & (size - 1)
     count = min((within + length + size - 1) >> bits, header.l2_entries - index)
+    entries = image.mapping.entries(table_offset, index, count)
+    if pending is None and l2.is_own_row(entries):
+        return (entries[0] & OFFSET_MASK) + within, min(length, (count << bits) - within)
     start = expected = found = 0
-    for number, entry in enumerate(image.mapping.entries(table_offset, index, count)):
+    for number, entry in enumerate(entries):
         host = entry & OFFSET_MASK
         if not l2.is_own(entry) or (number and host != expected) or host & (size - 1):
             break
@@ -139,6 +142,9 @@ class _Placed:
 
     def entries(self, start: int, end: int) -> list[int]:
         """The L2 entries once the guest range is written."""
+        if self.l2.is_plain:
+            host = self.place << self.bits | COPIED
+            return [host + (number << self.bits) for number in range(len(self.old))]
         made: list[int] = []
         for number, entry in enumerate(self.old):
             allocated = self.l2.allocated(entry) | self.touched(number, start, end)
@@ -177,7 +183,8 @@ def _write_mapped(image: Image, offset: int, data: memoryview) -> int:
             table = image.own_table(l1_index)
             entries = image.mapping.entries(table, index, last - first + 1)
             for number, entry in enumerate(entries):
-                l2.check(entry, first + number)
+                if entry:
+                    l2.check(entry, first + number)
             placed = _place(image, offset, l1_index, index, entries)
             if placed is None:
                 return 0
@@ -196,9 +203,12 @@ def _write_mapped(image: Image, offset: int, data: memoryview) -> int:
         with image.gate.lock:
             new = placed.entries(offset, end)
             # New clusters that read as zeroes until the data is in them may stand for zeroes at once.
-            waits = not untouched or not all(
-                _reads_zero(image, entry, first + number, l2.allocated(new[number]))
-                for number, entry in enumerate(placed.old)
+            waits = not untouched or (
+                (image.backing is not None or any(placed.old))
+                and not all(
+                    _reads_zero(image, entry, first + number, l2.allocated(new[number]))
+                    for number, entry in enumerate(placed.old)
+                )
             )
             link(image, l1_index, index, placed.old, new, waits=waits)
             if image.pending is not None:
@@ -228,7 +238,7 @@ def _place(image: Image, offset: int, l1_index: int, index: int, entries: tuple[
         ):
             count += 1
         return _Placed(l2, bits, first, place, False, entries[:count])
-    wanted = 1
+    wanted = len(entries) if not any(entries) else 1
     while wanted < len(entries) and not is_own(wanted):
         wanted += 1
     # In a data file the place is the guest's own offset.
@@ -318,7 +328,7 @@ def link(
     """
     pending = image.pending
     dropped: list[int] = []
-    for number, entry in enumerate(old):
+    for number, entry in enumerate(old if any(old) else ()):
         replaced = _lead_apart(entry, new[number])
         # What was there at the freeze is the pending snapshot's now.
         if replaced and (pending is None or pending.is_fresh(l1_index, index + number)):
