@@ -74,7 +74,8 @@ def content_of(node: Qcow2Node) -> Content:
     for info in store.snapshots():
         entry = store._find(info)
         disk = bytearray(info.disk_size)
-        node.image.read_tree(store._l1(entry), 0, memoryview(disk))
+        l1 = node.image.file.read(entry.l1_offset, entry.l1_size * 8)
+        node.image.read_tree(l1, 0, memoryview(disk))
         found[info.name] = (bytes(disk), store.read_state(info, 0, 1 << 30))
     return Content(node.read(0, node.size), found)
 

@@ -79,6 +79,22 @@ class GroupMember:
 
 
 @dataclass(frozen=True, slots=True)
+class PageIndexPlace:
+    """Where the page index of a snapshot's machine state lies in its state area, and what it must be.
+
+    :param offset: of its first byte, behind the state. :param length: bytes.
+    :param checksum: 16 bytes. :param stream: the same for a state and for those that continue it.
+    :param ram_size: bytes of memory that it is about.
+    """
+
+    offset: int
+    length: int
+    checksum: bytes
+    stream: UUID
+    ram_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Lineage:
     """Where a snapshot comes from; kept with it in the image.
 
@@ -87,6 +103,7 @@ class Lineage:
     :param group: the UUID of the save that made it, the same on every image of that save.
     :param members: every image of the group; the first holds the machine state.
     :param description: a user's own words, at most 500 bytes of UTF-8.
+    :param page_index: None where the state has none.
     """
 
     snapshot: UUID
@@ -94,6 +111,7 @@ class Lineage:
     group: UUID
     members: tuple[GroupMember, ...] = ()
     description: str = ""
+    page_index: PageIndexPlace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +224,19 @@ class PendingSnapshot(Protocol):
         """
         ...
 
+    def share_state(self, parent: SnapshotInfo, length: int) -> None:
+        """Let the state begin with the first `length` bytes of another snapshot's, before anything else is written.
+
+        Whole clusters are used by both, and counted. What is written afterwards begins at `length`.
+
+        :raise NotFound: there is no such snapshot. :raise Unsupported: its state cannot be shared; nothing has changed.
+        """
+        ...
+
+    def write_page_index(self, data: bytes) -> int:
+        """Put a page index behind the state, which is complete. :return: its offset. :raise NoSpace: as `write_state`."""
+        ...
+
     def prepare(self, record: SnapshotRecord) -> Change:
         """Make everything durable except the switch; after this the state can no longer be written.
 
@@ -248,6 +279,10 @@ class SnapshotStore(Protocol):
 
     def read_state(self, snapshot: SnapshotInfo, offset: int, length: int) -> bytes:
         """Machine state of a snapshot; shorter than `length` only at its end."""
+        ...
+
+    def read_page_index(self, snapshot: SnapshotInfo) -> bytes | None:
+        """The bytes that the snapshot's lineage calls its page index, unexamined; None without one, or if it is not there."""
         ...
 
     def refuse_if_unmarkable(self) -> None:

@@ -84,9 +84,9 @@ class FrozenNodes:
         for node in nodes:
             self._pending[node.name] = node.store.freeze()
 
-    def state_writer(self, node_name: str) -> Callable[[int, memoryview], None]:
-        """Writes machine state of the pending snapshot of a node."""
-        return self._pending[node_name].write_state
+    def pending(self, node_name: str) -> PendingSnapshot:
+        """The pending snapshot of a node, to be given its machine state."""
+        return self._pending[node_name]
 
     def step(self, node_name: str, record: SnapshotRecord) -> Step:
         """The node's part in the commit of the group."""

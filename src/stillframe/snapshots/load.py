@@ -15,13 +15,13 @@ guest goes on.
 import errno
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from uuid import UUID
 
 from stillframe.errors import Corrupt, IOFailed, StateMismatch, StillframeError
 from stillframe.machine.devices import Device
 from stillframe.machine.machine import Machine
 from stillframe.machine.run_state import RunState
 from stillframe.snapshots.context import Context, told
+from stillframe.snapshots.ground import Ground
 from stillframe.snapshots.group import Step, all_or_none
 from stillframe.snapshots.selection import Found, LoadSelection
 from stillframe.snapshots.staging import StagedMemory, refuse_without_room
@@ -31,11 +31,12 @@ from stillframe.vmstate.stream import Survey, survey
 from stillframe.vmstate.transfer import StateSource
 
 
-def load(machine: Machine, selection: LoadSelection, context: Context) -> UUID | None:
+def load(
+    machine: Machine, selection: LoadSelection, context: Context, *, ground: Ground | None = None
+) -> None:
     """Bring the machine and the listed nodes to the snapshot; a guest that ran goes on from there.
 
-    :return: the UUID of the snapshot that the machine stands on now; None for one that stillframe did not
-        make.
+    :param ground: what the machine stands on, which is this snapshot afterwards.
     :raise StateMismatch: the state does not fit this machine: device, section and field are named.
     :raise Corrupt: the state is damaged. :raise Cancelled: in time. :raise Failed: storage.
         After each of these the guest is as it was.
@@ -56,11 +57,12 @@ def load(machine: Machine, selection: LoadSelection, context: Context) -> UUID |
                 with _explained():
                     for device in machine.devices:
                         device.load_state(values[_key(device)])
+        if ground is not None:
+            ground.stand_here(state.lineage.snapshot if state.lineage else None)
         machine.new_generation_id()
         if machine.run_state.needs_reset:
             machine.set_run_state(RunState.PAUSED)
     context.progress(total, total)
-    return state.lineage.snapshot if state.lineage else None
 
 
 @contextmanager

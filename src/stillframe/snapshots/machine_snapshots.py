@@ -8,7 +8,6 @@ removed from the graph.
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
-from uuid import UUID
 
 from stillframe.block.graph import BlockGraph
 from stillframe.block.node import SnapshotInfo
@@ -18,6 +17,7 @@ from stillframe.machine.machine import Machine
 from stillframe.snapshots import all_nodes, internal, selection
 from stillframe.snapshots.context import Context, told
 from stillframe.snapshots.delete import delete
+from stillframe.snapshots.ground import Ground
 from stillframe.snapshots.load import load
 from stillframe.snapshots.save import save
 from stillframe.snapshots.selection import Found, LoadSelection, SaveSelection, SnapshotNode
@@ -27,15 +27,14 @@ class MachineSnapshots:
     """Every method may block and is called from a data-plane thread.
 
     :ivar queue: the turns of the jobs that call these methods.
-    :ivar standing_on: the UUID of the snapshot that the machine was last saved to or loaded from; None
-        before, and after a load of one that stillframe did not make.
+    :ivar ground: the snapshot that the machine was last saved to or loaded from.
     """
 
     def __init__(self, machine: Machine, graph: BlockGraph) -> None:
         self._machine = machine
         self._graph = graph
         self.queue = JobQueue()
-        self.standing_on: UUID | None = None
+        self.ground = Ground(machine)
 
     # With a list of nodes: snapshot-save, snapshot-load, snapshot-delete.
 
@@ -124,11 +123,11 @@ class MachineSnapshots:
 
     def _save(self, context: Context, chosen: SaveSelection) -> None:
         with self._held(chosen.nodes, "snapshot-save"):
-            self.standing_on = save(self._machine, chosen, context, parent=self.standing_on)
+            save(self._machine, chosen, context, ground=self.ground)
 
     def _load(self, context: Context, chosen: LoadSelection) -> None:
         with self._held([found.node for found in chosen.all], "snapshot-load"):
-            self.standing_on = load(self._machine, chosen, context)
+            load(self._machine, chosen, context, ground=self.ground)
 
     def _delete(self, context: Context, found: Sequence[Found]) -> None:
         with self._held([each.node for each in found], "snapshot-delete"):

@@ -9,23 +9,31 @@ The guest stands still in 2 alone; what it does to memory and disks afterwards b
 there before is touched by 1 to 3, and whatever fails or is cancelled up to the first switch leaves nothing behind.
 """
 
+import logging
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from uuid import UUID, uuid4
 
-from stillframe.block.node import GroupMember, Lineage, SnapshotRecord
-from stillframe.errors import Corrupt, IOFailed, LimitReached
+from stillframe.block.node import GroupMember, Lineage, PageIndexPlace, SnapshotRecord
+from stillframe.errors import Corrupt, IOFailed, LimitReached, NotFound, Unsupported
 from stillframe.machine.frozen import FrozenMemory
 from stillframe.machine.frozen import frozen as frozen_memory
 from stillframe.machine.machine import Machine
+from stillframe.machine.memory import PAGE_SIZE
 from stillframe.machine.run_state import RunState
+from stillframe.machine.tracking import Changes
 from stillframe.snapshots.context import Context, told
+from stillframe.snapshots.ground import Base, Ground, page_index_checksum
 from stillframe.snapshots.group import FrozenNodes, all_or_none, frozen_nodes
 from stillframe.snapshots.selection import SaveSelection, SnapshotNode
+from stillframe.vmstate.page_index import PageIndex, pack_page_index
 from stillframe.vmstate.sections import SectionState, global_state
-from stillframe.vmstate.stream import MemoryContent, write_stream
+from stillframe.vmstate.stream import MemoryContent, write_continuation, write_stream
 from stillframe.vmstate.transfer import state_sink
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +51,37 @@ def save(
     selection: SaveSelection,
     context: Context,
     *,
-    parent: UUID | None = None,
+    ground: Ground | None = None,
     description: str = "",
 ) -> UUID:
     """Make the snapshot; the guest goes on as it did, whatever comes of it.
 
-    :param parent: the snapshot that the machine stands on.
-    :return: the UUID of the state node's snapshot, on which the machine stands now.
+    :param ground: what the machine stands on, which is this snapshot afterwards; None for a whole stream.
+    :return: the UUID of the state node's snapshot.
     :raise Cancelled: nothing is left behind. :raise Failed: storage; nothing is left behind.
     """
+    ground = Ground(machine) if ground is None else ground
     total = sum(block.size for block in machine.memory) + 1
     context.progress(0, total)
     for node in selection.nodes:
         context.checkpoint()
         node.node.flush()
     run_state = machine.run_state
-    with frozen_nodes() as frozen, frozen_memory(machine.memory) as memory:
+    parent = ground.snapshot
+    with frozen_nodes() as frozen, frozen_memory(machine.memory) as memory, ExitStack() as undo:
         with machine.hold(RunState.SAVE_VM):
             instant = _take(machine, run_state)
             frozen.freeze(selection.nodes)
             memory.freeze()
-        _write_state(machine, selection.state, frozen, instant, memory.copy, context, total)
-        identity = _commit(selection, frozen, instant, context, parent, description)
+            changes = ground.take()
+            undo.callback(ground.put_back, changes)
+        writing = _StateWriting(
+            machine, selection.state, frozen, memory.copy, ground, changes, context, total
+        )
+        index, place = writing.write(instant)
+        identity = _commit(selection, frozen, instant, context, parent, description, place)
+        undo.pop_all()
+        ground.stand(identity, index, changes)
     context.progress(total, total)
     return identity
 
@@ -80,33 +97,73 @@ def _take(machine: Machine, run_state: RunState) -> Instant:
     return Instant(tuple(sections), date_sec, date_nsec, machine.clock.ns)
 
 
-def _write_state(
-    machine: Machine,
-    state: SnapshotNode,
-    frozen: FrozenNodes,
-    instant: Instant,
-    memory: FrozenMemory,
-    context: Context,
-    total: int,
-) -> None:
-    done = 0
+class _StateWriting:
+    """The stream of a save on its way to the state node: a continuation of the ground's where that is possible."""
 
-    def wrote(length: int) -> None:
-        nonlocal done
-        done += length
-        context.progress(done, total)
-        context.checkpoint()
+    def __init__(
+        self,
+        machine: Machine,
+        state: SnapshotNode,
+        frozen: FrozenNodes,
+        memory: FrozenMemory,
+        ground: Ground,
+        changes: Changes,
+        context: Context,
+        total: int,
+    ) -> None:
+        self._board = machine.board.name
+        self._blocks = list(machine.memory)
+        self._content = [
+            MemoryContent(block.name, block.size, partial(memory.readinto, block)) for block in self._blocks
+        ]
+        self._state = state
+        self._pending = frozen.pending(state.name)
+        self._memory = memory
+        self._ground = ground
+        self._changes = changes
+        self._context = context
+        self._total = total
+        self._done = 0
 
-    context.checkpoint()
-    content = [
-        MemoryContent(block.name, block.size, partial(memory.readinto, block)) for block in machine.memory
-    ]
-    try:
-        with state_sink(frozen.state_writer(state.name)) as sink:
-            write_stream(sink, machine.board.name, content, instant.sections, wrote)
-    except (IOFailed, Corrupt, LimitReached):
-        with told("Error while writing VM state"):
-            raise
+    def _wrote(self, length: int) -> None:
+        self._done += length
+        self._context.progress(self._done, self._total)
+        self._context.checkpoint()
+
+    def write(self, instant: Instant) -> tuple[PageIndex, PageIndexPlace]:
+        """The stream and its page index. :return: the index, and where it lies."""
+        self._context.checkpoint()
+        try:
+            base = self._ground.base(self._state, [content.block for content in self._content])
+            changed = [self._changes.pages(block, self._memory) for block in self._blocks]
+            if base is not None and self._shares(base):
+                unchanged = self._total - 1 - sum(map(len, changed)) * PAGE_SIZE
+                self._wrote(unchanged)
+                with state_sink(self._pending.write_state, base.index.parts_end) as sink:
+                    index = write_continuation(
+                        sink, self._board, base.index, self._content, changed, instant.sections, self._wrote
+                    )
+            else:
+                base = None
+                with state_sink(self._pending.write_state) as sink:
+                    index = write_stream(sink, self._board, self._content, instant.sections, self._wrote)
+            packed = pack_page_index(index)
+            offset = self._pending.write_page_index(packed)
+        except (IOFailed, Corrupt, LimitReached):
+            with told("Error while writing VM state"):
+                raise
+        stream = uuid4() if base is None else base.stream
+        return index, PageIndexPlace(
+            offset, len(packed), page_index_checksum(packed), stream, self._total - 1
+        )
+
+    def _shares(self, base: Base) -> bool:
+        try:
+            self._pending.share_state(base.snapshot, base.index.parts_end)
+        except (NotFound, Unsupported) as error:
+            _log.info("The machine state is written as a whole: %s", error)
+            return False
+        return True
 
 
 def _commit(
@@ -116,6 +173,7 @@ def _commit(
     context: Context,
     parent: UUID | None,
     description: str,
+    page_index: PageIndexPlace,
 ) -> UUID:
     """Members first: the state node's switch commits the group."""
     in_order = (selection.state, *selection.members)
@@ -127,7 +185,14 @@ def _commit(
             date_sec=instant.date_sec,
             date_nsec=instant.date_nsec,
             vm_clock_ns=instant.vm_clock_ns,
-            lineage=Lineage(member.snapshot, parent, group, members, description),
+            lineage=Lineage(
+                member.snapshot,
+                parent,
+                group,
+                members,
+                description,
+                page_index if member is members[0] else None,
+            ),
         )
         for member in members
     }

@@ -113,10 +113,19 @@ class RamWriter:
     """Writes the payloads of one RAM section.
 
     :param sink: where the stream goes; the caller writes section heads and footers.
+    :param wrote_records: told of every run of records: the block, the addresses of its pages, and the offset in the stream of
+        the first one's bytes, the others following at a stride of `PAGE_RECORD`; None for zero pages.
     """
 
-    def __init__(self, sink: StateSink) -> None:
+    def __init__(
+        self,
+        sink: StateSink,
+        wrote_records: Callable[[RamBlock, Addresses, int | None], None] = lambda block, addresses, offset: (
+            None
+        ),
+    ) -> None:
         self._sink = sink
+        self._wrote_records = wrote_records
 
     def block_list(self, blocks: Sequence[RamBlock]) -> None:
         """The payload of START, but for the end record."""
@@ -132,47 +141,71 @@ class RamWriter:
         :param readinto: fills a buffer with the block's bytes from an offset on.
         :param wrote: called after each batch with the bytes of memory it covered; raises to end the writing.
         """
-        buffer = memoryview(bytearray(min(BATCH * PAGE_SIZE, block.length)))
-        first = True
-        for offset in range(0, block.length, BATCH * PAGE_SIZE):
-            part = buffer[: block.length - offset]
-            readinto(offset, part)
-            batch: Pages = np.frombuffer(part, np.uint8).reshape(-1, PAGE_SIZE)
-            start = offset // PAGE_SIZE
-            addresses = (start + np.arange(len(batch), dtype=np.int64)) * PAGE_SIZE
-            filled = np.bitwise_or.reduce(batch.view(np.uint64), axis=1) != 0
-            if first:
-                self._named(block, batch[0], zero=not filled[0])
-                batch, addresses, filled = batch[1:], addresses[1:], filled[1:]
-                first = False
-            if filled.all():
-                self._data_run(addresses, batch)
-            else:
-                self._data_run(addresses[filled], batch[filled])
-                self._zero_run(addresses[~filled])
+        count = block.length // PAGE_SIZE
+        buffer = memoryview(bytearray(min(BATCH, count) * PAGE_SIZE))
+        for start in range(0, count, BATCH):
+            numbers = np.arange(start, min(start + BATCH, count), dtype=np.int64)
+            part = buffer[: len(numbers) * PAGE_SIZE]
+            readinto(start * PAGE_SIZE, part)
+            self._batch(block, numbers, part, named=start == 0)
             wrote(len(part))
+
+    def some_pages(
+        self,
+        block: RamBlock,
+        numbers: Addresses,
+        readinto: Callable[[int, memoryview], None],
+        wrote: Callable[[int], None],
+    ) -> None:
+        """`pages` for some of a block. :param numbers: of the pages, ascending."""
+        buffer = memoryview(bytearray(min(BATCH, len(numbers)) * PAGE_SIZE))
+        for start in range(0, len(numbers), BATCH):
+            batch = numbers[start : start + BATCH]
+            part = buffer[: len(batch) * PAGE_SIZE]
+            cuts = (np.flatnonzero(np.diff(batch) != 1) + 1).tolist()
+            for first, end in zip([0, *cuts], [*cuts, len(batch)], strict=True):
+                readinto(int(batch[first]) * PAGE_SIZE, part[first * PAGE_SIZE : end * PAGE_SIZE])
+            self._batch(block, batch, part, named=start == 0)
+            wrote(len(part))
+
+    def _batch(self, block: RamBlock, numbers: Addresses, data: memoryview, *, named: bool) -> None:
+        """Records of up to `BATCH` pages: zero ones after the others. :param named: the first record names the block."""
+        batch: Pages = np.frombuffer(data, np.uint8).reshape(-1, PAGE_SIZE)
+        addresses = numbers * PAGE_SIZE
+        filled = np.bitwise_or.reduce(batch.view(np.uint64), axis=1) != 0
+        if named:
+            self._named(block, addresses[:1], batch[0], zero=not filled[0])
+            batch, addresses, filled = batch[1:], addresses[1:], filled[1:]
+        if filled.all():
+            self._data_run(block, addresses, batch)
+        else:
+            self._data_run(block, addresses[filled], batch[filled])
+            self._zero_run(block, addresses[~filled])
 
     def end(self) -> None:
         """The end record of a START, PART or END."""
         self._sink.write(struct.pack(">Q", EOS))
 
-    def _named(self, block: RamBlock, page: Pages, *, zero: bool) -> None:
-        """The record of a block's first page, which names the block."""
-        self._sink.write(struct.pack(">Q", ZERO if zero else PAGE) + _name(block))
+    def _named(self, block: RamBlock, address: Addresses, page: Pages, *, zero: bool) -> None:
+        """The record of one page that names the block."""
+        self._sink.write(struct.pack(">Q", int(address[0]) | (ZERO if zero else PAGE)) + _name(block))
+        self._wrote_records(block, address, None if zero else self._sink.offset)
         self._sink.write(b"\0" if zero else page.tobytes())
 
-    def _data_run(self, addresses: Addresses, pages: Pages) -> None:
+    def _data_run(self, block: RamBlock, addresses: Addresses, pages: Pages) -> None:
         count = len(addresses)
         if count:
+            self._wrote_records(block, addresses, self._sink.offset + 8)
             records = np.frombuffer(self._sink.room(count * PAGE_RECORD), np.uint8).reshape(
                 count, PAGE_RECORD
             )
             records[:, :8] = _words(addresses | (PAGE | CONTINUE))
             records[:, 8:] = pages
 
-    def _zero_run(self, addresses: Addresses) -> None:
+    def _zero_run(self, block: RamBlock, addresses: Addresses) -> None:
         count = len(addresses)
         if count:
+            self._wrote_records(block, addresses, None)
             records = np.frombuffer(self._sink.room(count * ZERO_RECORD), np.uint8).reshape(
                 count, ZERO_RECORD
             )

@@ -4,14 +4,27 @@ used.
 The layout of the bytes is in layout.py, of RAM's records in ram.py, of a device's fields in fields.py.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+import numpy as np
 
 from stillframe.errors import StateMismatch
 from stillframe.vmstate import layout
 from stillframe.vmstate.description import describe
 from stillframe.vmstate.fields import Description, decode, encode
-from stillframe.vmstate.ram import PageVisitor, RamBlock, RamReader, RamWriter
+from stillframe.vmstate.page_index import ZERO_PAGE, PageIndex
+from stillframe.vmstate.ram import (
+    PAGE_RECORD,
+    PAGE_SIZE,
+    ZERO_RECORD,
+    Addresses,
+    PageVisitor,
+    RamBlock,
+    RamReader,
+    RamWriter,
+)
 from stillframe.vmstate.sections import SectionKey, SectionState, SurveyedSection
 from stillframe.vmstate.transfer import StateSink, StateSource
 
@@ -54,33 +67,95 @@ def write_stream(
     memory: Sequence[MemoryContent],
     sections: Sequence[SectionState],
     wrote: Callable[[int], None] = lambda length: None,
-) -> None:
+) -> PageIndex:
     """A whole stream.
 
     :param machine: the board's name.
     :param wrote: called with the bytes of memory covered since its last call, a mebibyte at most; raises to
         end the writing.
+    :return: where its pages lie.
     :raise StateMismatch: a section's values do not fit its description; raised before anything is written.
     """
     tail = device_sections(sections)
     blocks = [content.block for content in memory]
-    ram = RamWriter(sink)
+    records = _Records(PageIndex.of(blocks))
+    ram = RamWriter(sink, records.note)
     sink.write(layout.header(machine))
     sink.write(layout.section_head(layout.START, RAM_SECTION_ID, layout.RAM_NAME, 0, layout.RAM_VERSION))
     ram.block_list(blocks)
     ram.end()
     sink.write(layout.mark(layout.FOOTER, RAM_SECTION_ID))
+    with _part(sink, ram):
+        for content, block in zip(memory, blocks, strict=True):
+            ram.pages(block, content.readinto, wrote)
+    return _finish(sink, ram, records, tail, describe(machine, sections))
+
+
+def write_continuation(
+    sink: StateSink,
+    machine: str,
+    base: PageIndex,
+    memory: Sequence[MemoryContent],
+    changed: Sequence[Addresses],
+    sections: Sequence[SectionState],
+    wrote: Callable[[int], None] = lambda length: None,
+) -> PageIndex:
+    """The rest of a stream whose beginning is an older one's, of the same machine, up to the end of its last PART.
+
+    :param sink: stands at `base.parts_end`. :param base: where the older stream's pages lie.
+    :param changed: for each of `memory` the pages that are not as in the older stream.
+    :raise StateMismatch: see `write_stream`.
+    """
+    tail = device_sections(sections)
+    records = _Records(base)
+    ram = RamWriter(sink, records.note)
+    with _part(sink, ram):
+        for content, numbers in zip(memory, changed, strict=True):
+            ram.some_pages(content.block, numbers, content.readinto, wrote)
+    return _finish(sink, ram, records, tail, describe(machine, sections))
+
+
+class _Records:
+    """A page index in the making."""
+
+    def __init__(self, base: PageIndex) -> None:
+        self._blocks = base.blocks
+        self._offsets = {name: offsets.copy() for name, offsets in base.offsets.items()}
+        self._bytes = base.record_bytes
+
+    def note(self, block: RamBlock, addresses: Addresses, offset: int | None) -> None:
+        """See `RamWriter`."""
+        count = len(addresses)
+        where = self._offsets[block.name]
+        if offset is None:
+            where[addresses // PAGE_SIZE] = ZERO_PAGE
+            self._bytes += count * ZERO_RECORD
+        else:
+            where[addresses // PAGE_SIZE] = offset + PAGE_RECORD * np.arange(count)
+            self._bytes += count * PAGE_RECORD
+
+    def index(self, parts_end: int) -> PageIndex:
+        """What was noted until now."""
+        return PageIndex(self._blocks, self._offsets, parts_end, self._bytes)
+
+
+@contextmanager
+def _part(sink: StateSink, ram: RamWriter) -> Iterator[None]:
     sink.write(layout.mark(layout.PART, RAM_SECTION_ID))
-    for content, block in zip(memory, blocks, strict=True):
-        ram.pages(block, content.readinto, wrote)
+    yield
     ram.end()
     sink.write(layout.mark(layout.FOOTER, RAM_SECTION_ID))
+
+
+def _finish(sink: StateSink, ram: RamWriter, records: _Records, tail: bytes, json: bytes) -> PageIndex:
+    """Everything behind the last PART."""
+    index = records.index(sink.offset)
     sink.write(layout.mark(layout.END, RAM_SECTION_ID))
     ram.end()
     sink.write(layout.mark(layout.FOOTER, RAM_SECTION_ID))
     sink.write(tail)
-    json = describe(machine, sections)
     sink.write(bytes((layout.EOF,)) + layout.mark(layout.DESCRIPTION, len(json)) + json)
+    return index
 
 
 def device_sections(sections: Sequence[SectionState]) -> bytes:

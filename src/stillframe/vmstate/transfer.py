@@ -16,11 +16,11 @@ ROOM = 2 << 20
 class StateSink:
     """Appends to a state area; made by `state_sink`."""
 
-    def __init__(self, write_at: Callable[[int, memoryview], None]) -> None:
+    def __init__(self, write_at: Callable[[int, memoryview], None], start: int) -> None:
         self._write_at = write_at
         self._buffer = memoryview(bytearray(CHUNK + ROOM))
         self._filled = 0
-        self._written = 0
+        self._written = start
 
     @property
     def offset(self) -> int:
@@ -32,8 +32,8 @@ class StateSink:
         appended."""
         if length > ROOM:
             raise ValueError(f"{length} bytes do not fit into the room of a sink")
-        if self._filled >= CHUNK:
-            self._transfer(CHUNK)
+        while self._filled >= (chunk := CHUNK - self._written % CHUNK):
+            self._transfer(chunk)
         start = self._filled
         self._filled += length
         return self._buffer[start : self._filled]
@@ -54,18 +54,20 @@ class StateSink:
 
     def _drain(self) -> None:
         while self._filled:
-            self._transfer(min(CHUNK, self._filled))
+            self._transfer(min(CHUNK - self._written % CHUNK, self._filled))
 
 
 @contextmanager
-def state_sink(write_at: Callable[[int, memoryview], None]) -> Iterator[StateSink]:
+def state_sink(write_at: Callable[[int, memoryview], None], start: int = 0) -> Iterator[StateSink]:
     """A sink over `write_at(offset, data)`; at the end of the block everything has been handed to it, in
     order.
+
+    :param start: the offset of the first byte.
 
     A block that raises leaves what was not yet handed over unwritten. `write_at` must not keep the view that
     it gets.
     """
-    sink = StateSink(write_at)
+    sink = StateSink(write_at, start)
     yield sink
     sink._drain()
 

@@ -167,6 +167,8 @@ class SwitchChange:
             return
         try:
             wholly(self._bring_back)(self._image)
+            if not self._image.is_in_doubt:
+                self._shadow.give_back()
         finally:
             self._over()
         if self._pending is not None:
@@ -207,9 +209,11 @@ def _switch(image: Image, build: Callable[[Shadow], World], pending: Pending | N
         shadow = Shadow(image)
         return SwitchChange(shadow, build(shadow), pending)
     except BaseException:
-        if shadow is not None:
-            shadow.give_up()
-        image.gate.end_switch()
+        try:
+            if shadow is not None:
+                shadow.give_back()
+        finally:
+            image.gate.end_switch()
         raise
 
 
@@ -298,6 +302,8 @@ def _place_state(shadow: Shadow, pending: Pending) -> Entries:
     header = shadow.image.header
     for first, count in pending.reserved:
         shadow.count_new(first, count)
+    shared = np.frombuffer(pending.state_hosts, np.int64)[: pending.shared_clusters]
+    shadow.add(shared[shared != 0], +1)
     hosts = np.frombuffer(pending.state_hosts, np.int64).astype(np.uint64) << np.uint64(header.cluster_bits)
     if not len(hosts):
         return np.zeros(0, np.uint64)

@@ -8,7 +8,7 @@
     └──────────────────────────────────────────────────────────────────┘
     item 1  a member: UUID of that image's snapshot 16, node-name; in order, the first holds the machine state
     item 2  the description, UTF-8, at most 500 bytes
-    item 3  reserved for the page index: offset 8, length 8, checksum 16, stream UUID 16, RAM size 8
+    item 3  the page index, in the state area: offset 8, length 8, checksum 16, stream UUID 16, RAM size 8
 
 All integers are big-endian. A reader skips the items that it does not know, and what lies behind the record. A version
 above 1 keeps the first 56 bytes and the form of the items.
@@ -17,7 +17,7 @@ above 1 keeps the first 56 bytes and the form of the items.
 import struct
 from uuid import UUID
 
-from stillframe.block.node import GroupMember, Lineage
+from stillframe.block.node import GroupMember, Lineage, PageIndexPlace
 from stillframe.errors import InvalidRequest, LimitReached
 
 MAX_RECORD_BYTES = 1000
@@ -27,6 +27,7 @@ ITEM_MEMBER, ITEM_DESCRIPTION, ITEM_PAGE_INDEX = 1, 2, 3
 _MAGIC = b"SFRM"
 _FIXED = struct.Struct(">4sHH16s16s16s")
 _ITEM = struct.Struct(">HH")
+_PAGE_INDEX = struct.Struct(">QQ16s16sQ")
 _NONE = bytes(16)
 
 
@@ -44,6 +45,11 @@ def pack_lineage(lineage: Lineage) -> bytes:
     items = [_item(ITEM_MEMBER, m.snapshot.bytes + m.node_name.encode()) for m in lineage.members]
     if description:
         items.append(_item(ITEM_DESCRIPTION, description))
+    if (place := lineage.page_index) is not None:
+        packed = _PAGE_INDEX.pack(
+            place.offset, place.length, place.checksum, place.stream.bytes, place.ram_size
+        )
+        items.append(_item(ITEM_PAGE_INDEX, packed))
     length = _FIXED.size + sum(map(len, items))
     if length > MAX_RECORD_BYTES:
         raise LimitReached(
@@ -66,6 +72,7 @@ def unpack_lineage(data: bytes) -> Lineage | None:
         return None
     members: list[GroupMember] = []
     description = ""
+    page_index: PageIndexPlace | None = None
     at = _FIXED.size
     while at + _ITEM.size <= length:
         kind, size = _ITEM.unpack_from(data, at)
@@ -78,12 +85,16 @@ def unpack_lineage(data: bytes) -> Lineage | None:
             members.append(GroupMember(body[16:].decode("utf-8", "replace"), UUID(bytes=body[:16])))
         elif kind == ITEM_DESCRIPTION:
             description = body.decode("utf-8", "replace")
+        elif kind == ITEM_PAGE_INDEX and size >= _PAGE_INDEX.size:
+            offset, extent, checksum, stream, ram_size = _PAGE_INDEX.unpack_from(body)
+            page_index = PageIndexPlace(offset, extent, checksum, UUID(bytes=stream), ram_size)
     return Lineage(
         snapshot=UUID(bytes=snapshot),
         parent=None if parent == _NONE else UUID(bytes=parent),
         group=UUID(bytes=group),
         members=tuple(members),
         description=description,
+        page_index=page_index,
     )
 
 

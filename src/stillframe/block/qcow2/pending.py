@@ -12,11 +12,12 @@ import threading
 from array import array
 from typing import TYPE_CHECKING
 
-from stillframe.block.node import Change, SnapshotRecord
+from stillframe.block.node import Change, SnapshotInfo, SnapshotRecord
 from stillframe.block.qcow2.image import Image
 from stillframe.block.qcow2.layout import MAX_L1_BYTES, OFFSET_MASK
 from stillframe.block.qcow2.mapping import l1_entry
-from stillframe.errors import InUse, LimitReached
+from stillframe.block.qcow2.state_area import StateArea
+from stillframe.errors import InUse, LimitReached, Unsupported
 
 if TYPE_CHECKING:
     from stillframe.block.qcow2.refcounts import ClusterRun
@@ -42,6 +43,8 @@ class Pending:
         self._ahead: ClusterRun = (0, 0)
         self._reserve_bytes = _RESERVED_FIRST
         self.state_size = 0
+        self.shared_clusters = 0
+        """How many clusters of the state, from its first on, are another snapshot's, too."""
 
     # What is frozen. Lock held.
 
@@ -90,21 +93,63 @@ class Pending:
 
     def write_state(self, offset: int, data: "bytes | bytearray | memoryview") -> None:
         """See `PendingSnapshot`. :raise LimitReached: more state than an L1 table can map."""
-        view = memoryview(data).cast("B")
         with self._writing:
             self._refuse_if_over()
-            header = self._image.header
-            size = header.cluster_size
-            end = offset + len(view)
-            if (header.l1_entries_for(header.size) + header.l1_entries_for(end)) * 8 > MAX_L1_BYTES:
-                raise LimitReached(f"Machine state of {end} bytes does not fit into the image's L1 table")
-            while view:
-                index, within = divmod(offset, size)
-                host, length = self._place(index, within, len(view))
-                self._image.data.write(host + within, view[:length])
-                offset += length
-                view = view[length:]
-            self.state_size = max(self.state_size, end)
+            view = memoryview(data).cast("B")
+            self._write(offset, view)
+            self.state_size = max(self.state_size, offset + len(view))
+
+    def share_state(self, parent: SnapshotInfo, length: int) -> None:
+        """See `PendingSnapshot`."""
+        with self._writing:
+            self._refuse_if_over()
+            if self._hosts:
+                raise InUse("The pending snapshot has state already")
+            area = StateArea(self._image, parent)
+            shared = area.clusters(length)
+            self._refuse_without_room(shared)
+            whole = len(shared) << self._image.header.cluster_bits
+            rest = area.read(whole, length - whole)
+            if whole + len(rest) != length:
+                raise Unsupported(f"The machine state of '{parent.name}' has less than {length} bytes")
+            self._hosts, self.shared_clusters = shared, len(shared)
+            self._write(whole, memoryview(rest))
+            self.state_size = length
+
+    def _refuse_without_room(self, shared: "array[int]") -> None:
+        import numpy as np
+
+        from stillframe.block.qcow2.widths import largest
+
+        clusters = np.unique(np.frombuffer(shared, np.int64)) if shared else np.zeros(0, np.int64)
+        with self._image.gate.lock:
+            counts = self._image.refcounts.counts_of(clusters[clusters != 0])
+        if len(counts) and int(counts.max()) >= largest(self._image.header.refcount_order):
+            raise Unsupported("The machine state is shared as often as the image's refcounts can count")
+
+    def write_page_index(self, data: bytes) -> int:
+        """See `PendingSnapshot`."""
+        size = self._image.header.cluster_size
+        with self._writing:
+            self._refuse_if_over()
+            offset = -(-self.state_size // size) * size
+            self._write(offset, memoryview(data))
+            return offset
+
+    def _write(self, offset: int, view: memoryview) -> None:
+        header = self._image.header
+        size = header.cluster_size
+        end = offset + len(view)
+        if (header.l1_entries_for(header.size) + header.l1_entries_for(end)) * 8 > MAX_L1_BYTES:
+            raise LimitReached(f"Machine state of {end} bytes does not fit into the image's L1 table")
+        if offset // size < self.shared_clusters:
+            raise InUse("This part of the state is another snapshot's, too")
+        while view:
+            index, within = divmod(offset, size)
+            host, length = self._place(index, within, len(view))
+            self._image.data.write(host + within, view[:length])
+            offset += length
+            view = view[length:]
 
     def _place(self, index: int, within: int, length: int) -> tuple[int, int]:
         """Where a cluster of state lies, allocated if need be, and how many bytes go there contiguously."""

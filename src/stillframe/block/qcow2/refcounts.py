@@ -471,7 +471,7 @@ class Refcounts:
         present = (
             np.array([self.count(c) for c in clusters.tolist()])
             if len(clusters) < 64
-            else self._many(clusters)
+            else self.counts_of(clusters)
         )
         unused = runs_of(clusters[present == times])
         with self._image.gate.released():
@@ -479,7 +479,8 @@ class Refcounts:
                 self._image.file.discard(first << self._bits, count << self._bits)
         self._lower(clusters, times)
 
-    def _many(self, clusters: Clusters) -> Counts:
+    def counts_of(self, clusters: Clusters) -> Counts:
+        """The refcounts of these clusters, as the file holds them."""
         found = np.zeros(len(clusters), np.int64)
         for index, which, within in by_block(clusters, self._per_block):
             block = self.block(index)

@@ -267,6 +267,12 @@ class Shadow:
             self._block(index)[within:stop] = 0
             first += stop - within
 
+    def give_back(self) -> None:
+        """The new world is not wanted: its space goes back to the storage, too. Nothing in force points to it."""
+        for first, count in self.reserved:
+            self.image.file.discard(first << self._bits, count << self._bits)
+        self.give_up()
+
     def give_up(self) -> None:
         """The new world is not wanted, or in force: what was reserved for it is ordinary again."""
         with self.image.gate.lock:

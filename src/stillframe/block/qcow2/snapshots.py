@@ -6,14 +6,14 @@ from stillframe.block.node import Change, GroupMark, SnapshotInfo
 from stillframe.block.qcow2.image import Image
 from stillframe.block.qcow2.marks import identity
 from stillframe.block.qcow2.pending import Pending, freeze
-from stillframe.block.qcow2.snapshot_table import SnapshotEntry, check_l1_place
+from stillframe.block.qcow2.snapshot_table import SnapshotEntry
+from stillframe.block.qcow2.state_area import StateArea, find
 from stillframe.block.qcow2.unfinished import (
     doubtful_snapshot,
     refuse_if_unmarkable,
     refuse_unless_resolvable,
     resolve,
 )
-from stillframe.errors import NotFound
 
 
 class Snapshots:
@@ -21,7 +21,7 @@ class Snapshots:
 
     def __init__(self, image: Image) -> None:
         self._image = image
-        self._l1_of: tuple[tuple[SnapshotEntry, ...], SnapshotEntry, bytearray] | None = None
+        self._last_area: tuple[tuple[SnapshotEntry, ...], StateArea] | None = None
 
     def snapshots(self) -> Sequence[SnapshotInfo]:
         """See `SnapshotStore`."""
@@ -58,13 +58,7 @@ class Snapshots:
 
     def read_state(self, snapshot: SnapshotInfo, offset: int, length: int) -> bytes:
         """See `SnapshotStore`."""
-        image = self._image
-        entry = self._find(snapshot)
-        length = max(0, min(length, entry.state_size - offset))
-        start = image.header.l1_entries_for(entry.disk_size(image.header.size)) * image.header.l2_span
-        buffer = bytearray(length)
-        image.read_tree(self._l1(entry), start + offset, memoryview(buffer))
-        return bytes(buffer)
+        return self._area(snapshot).read(offset, length)
 
     # A mark that was found.
 
@@ -97,21 +91,19 @@ class Snapshots:
 
     def l1_of(self, snapshot: SnapshotInfo) -> bytearray:
         """The snapshot's L1 table. :raise NotFound: it is no longer there. :raise ImageCorrupt: it cannot be there."""
-        return self._l1(self._find(snapshot))
+        return self._area(snapshot).l1
 
-    def _l1(self, entry: SnapshotEntry) -> bytearray:
-        """A snapshot's L1; the last one is remembered, for as long as the list stays what it is."""
-        known, listed = self._l1_of, self._image.world.snapshots
-        if known is None or known[0] is not listed or known[1] is not entry:
-            check_l1_place(entry, self._image.header)
-            l1 = self._image.file.read(entry.l1_offset, entry.l1_size * 8)
-            known = self._l1_of = (listed, entry, l1)
-        return known[2]
+    def read_page_index(self, snapshot: SnapshotInfo) -> bytes | None:
+        """See `SnapshotStore`."""
+        return self._area(snapshot).read_page_index()
+
+    def _area(self, snapshot: SnapshotInfo) -> StateArea:
+        """Of a snapshot; the last one is remembered, for as long as the list stays what it is."""
+        listed = self._image.world.snapshots
+        known = self._last_area
+        if known is None or known[0] is not listed or known[1].entry is not find(self._image, snapshot):
+            known = self._last_area = (listed, StateArea(self._image, snapshot))
+        return known[1]
 
     def _find(self, snapshot: SnapshotInfo) -> SnapshotEntry:
-        size = self._image.header.size
-        for entry in self._image.world.snapshots:
-            info = entry.info(size)
-            if (info.id, info.name) == (snapshot.id, snapshot.name):
-                return entry
-        raise NotFound(f"Can't find the snapshot '{snapshot.name}'")
+        return find(self._image, snapshot)

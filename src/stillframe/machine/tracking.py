@@ -1,0 +1,228 @@
+"""Which pages of guest memory changed since an instant.
+
+    kernel   write-protection that the kernel lifts by itself and remembers (userfaultfd, asynchronous; PAGEMAP_SCAN): asking
+             costs under a millisecond a GiB, a first store to a page some microseconds
+    hashes   a hash of every page, kept from one instant to the next: the pages are read and hashed at every save. Its key is
+             random, so that a guest cannot aim at two pages with one hash
+
+A `Tracking` has one *ground*: the instant since which changes are asked for, a snapshot's. A save takes what has changed at its
+own instant; whether that becomes the ground is known when the save has ended:
+
+    since = tracking.take()       held: what has changed since the ground; later changes are counted apart
+    tracking.stand(since)         the save is committed: its instant is the ground
+    tracking.put_back(since)      it is not: the ground stays, and what was taken counts as changed again
+"""
+
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from stillframe.machine.frozen import FrozenMemory
+from stillframe.machine.memory import PAGE_SIZE, GuestMemory, MemoryBlock
+from stillframe.machine.userfault import (
+    FEATURE_WP_ASYNC,
+    FEATURE_WP_UNPOPULATED,
+    MODE_WRITE_PROTECT,
+    Pagemap,
+    Userfaultfd,
+)
+
+_log = logging.getLogger(__name__)
+
+PageNumbers = npt.NDArray[np.int64]
+"""Ascending numbers of pages in their block."""
+
+HashName = Literal["xxh3", "blake2"]
+
+_Hash = Callable[[memoryview], bytes]
+
+_KEY_BYTES = 32
+_DIGEST_BYTES = 16
+_HASHED_AT_ONCE = 256
+
+
+class Changes(ABC):
+    """What a save has taken: the pages that changed between the ground and the save's instant."""
+
+    @abstractmethod
+    def pages(self, block: MemoryBlock, memory: FrozenMemory) -> PageNumbers:
+        """Of one block. :param memory: the save's, by which a hash can be told. :raise IOFailed: see `FrozenMemory`."""
+
+
+class Tracking(ABC):
+    """See the module's text. `take` is called at a boundary; all calls come from one thread at a time."""
+
+    how: str
+
+    @abstractmethod
+    def take(self) -> Changes: ...
+
+    @abstractmethod
+    def stand(self, changes: Changes) -> None: ...
+
+    @abstractmethod
+    def put_back(self, changes: Changes) -> None: ...
+
+    @abstractmethod
+    def stand_here(self) -> None:
+        """The ground is this instant, after a load. Where only a save can tell, all pages count as changed until then."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Track no more; a second time, nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class _TakenPages(Changes):
+    """:param flags: one an page, by the block's name."""
+
+    flags: Mapping[str, npt.NDArray[np.bool_]]
+
+    def pages(self, block: MemoryBlock, memory: FrozenMemory) -> PageNumbers:
+        return np.flatnonzero(self.flags[block.name])
+
+
+class KernelTracking(Tracking):
+    """The kernel remembers. The ground is the moment of construction, at a boundary.
+
+    :raise OSError: it cannot, or we may not ask it.
+    """
+
+    how = "kernel"
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._blocks: Sequence[MemoryBlock] = [block for block in memory if block.size]
+        self._pagemap = Pagemap()
+        try:
+            self._faults = Userfaultfd(FEATURE_WP_UNPOPULATED | FEATURE_WP_ASYNC)
+        except OSError:
+            self._pagemap.close()
+            raise
+        try:
+            for block in self._blocks:
+                self._faults.register(block.host_address, block.size, MODE_WRITE_PROTECT)
+                self._pagemap.take_written(block.host_address, block.size)
+        except OSError:
+            self.close()
+            raise
+        self._changed = self._none()
+
+    def _none(self) -> dict[str, npt.NDArray[np.bool_]]:
+        return {block.name: np.zeros(block.size // PAGE_SIZE, np.bool_) for block in self._blocks}
+
+    def _gather(self) -> None:
+        for block in self._blocks:
+            flags = self._changed[block.name]
+            ranges = self._pagemap.take_written(block.host_address, block.size)
+            pages = ((ranges - np.uint64(block.host_address)) // np.uint64(PAGE_SIZE)).astype(np.int64)
+            for first, end in pages.tolist():
+                flags[first:end] = True
+
+    def take(self) -> Changes:
+        self._gather()
+        taken, self._changed = self._changed, self._none()
+        return _TakenPages(taken)
+
+    def stand(self, changes: Changes) -> None:
+        """What was counted apart since `take` is what has changed since the new ground."""
+
+    def put_back(self, changes: Changes) -> None:
+        if isinstance(changes, _TakenPages):
+            for name, flags in changes.flags.items():
+                self._changed[name] |= flags
+
+    def stand_here(self) -> None:
+        self._gather()
+        self._changed = self._none()
+
+    def close(self) -> None:
+        self._faults.close()
+        self._pagemap.close()
+
+
+class _Hashed(Changes):
+    """What is found out by reading the save's memory, once."""
+
+    def __init__(self, tracking: "HashTracking") -> None:
+        self._tracking = tracking
+        self.digests: dict[str, npt.NDArray[np.void]] = {}
+
+    def pages(self, block: MemoryBlock, memory: FrozenMemory) -> PageNumbers:
+        found = self.digests[block.name] = self._tracking.digests(block, memory)
+        ground = self._tracking.ground.get(block.name)
+        return np.arange(len(found)) if ground is None else np.flatnonzero(found != ground)
+
+
+class HashTracking(Tracking):
+    """Hashes of all pages; 16 bytes a page. There is no ground before the first save: all pages have changed.
+
+    :param algorithm: "xxh3", fast, keyed by a random secret; "blake2" for a guest that one has to fear.
+    """
+
+    how = "hashes"
+
+    def __init__(self, algorithm: HashName = "xxh3") -> None:
+        self.ground: Mapping[str, npt.NDArray[np.void]] = {}
+        self._key = os.urandom(_KEY_BYTES)
+        self._algorithm = algorithm
+
+    def digests(self, block: MemoryBlock, memory: FrozenMemory) -> npt.NDArray[np.void]:
+        """One of 16 bytes for each page of a block."""
+        one = self._hash()
+        found = bytearray(block.size // PAGE_SIZE * _DIGEST_BYTES)
+        buffer = memoryview(bytearray(min(_HASHED_AT_ONCE * PAGE_SIZE, block.size)))
+        at = 0
+        for start in range(0, block.size, max(1, len(buffer))):
+            part = buffer[: block.size - start]
+            memory.readinto(block, start, part)
+            for page in range(0, len(part), PAGE_SIZE):
+                found[at : at + _DIGEST_BYTES] = one(part[page : page + PAGE_SIZE])
+                at += _DIGEST_BYTES
+        return np.frombuffer(bytes(found), np.dtype((np.void, _DIGEST_BYTES)))
+
+    def _hash(self) -> "_Hash":
+        if self._algorithm == "blake2":
+            import hashlib
+
+            key = self._key
+            return lambda page: hashlib.blake2b(page, digest_size=_DIGEST_BYTES, key=key).digest()
+        import xxhash
+
+        seed = int.from_bytes(self._key[:8], "big")
+        return lambda page: xxhash.xxh3_128_digest(page, seed)
+
+    def take(self) -> Changes:
+        return _Hashed(self)
+
+    def stand(self, changes: Changes) -> None:
+        if isinstance(changes, _Hashed):
+            self.ground = changes.digests
+
+    def put_back(self, changes: Changes) -> None:
+        """The ground's hashes are as they were."""
+
+    def stand_here(self) -> None:
+        self.ground = {}
+
+    def close(self) -> None:
+        self.ground = {}
+
+
+def track(memory: GuestMemory, algorithm: HashName | None = None) -> Tracking:
+    """The way to find changes that this host has; the ground is this instant, at a boundary.
+
+    :param algorithm: hashes, whatever the kernel can do; None for the kernel's memory where it has one.
+    """
+    if algorithm is not None:
+        return HashTracking(algorithm)
+    try:
+        return KernelTracking(memory)
+    except OSError as error:
+        _log.info("Changed pages are found by hashing all of them at each save: %s", error.strerror)
+        return HashTracking()

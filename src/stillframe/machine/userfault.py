@@ -1,0 +1,156 @@
+"""userfaultfd and PAGEMAP_SCAN, as far as memory of ours needs them: the only room that knows their numbers.
+
+    Userfaultfd    ranges of our address space of which the kernel tells who touches them
+    Pagemap        which pages of a range were written since they were last protected
+
+Every privilege is tried, the larger first: /dev/userfaultfd, the system call, the system call for user mode only. The last works
+for any user, and covers what threads of ours do to memory themselves; a system call into a missing page then fails (EFAULT).
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import platform
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+_SYSTEM_CALL = {"x86_64": 323, "aarch64": 282, "riscv64": 282}
+_USER_MODE_ONLY = 1
+_DEVICE_NEW = 0xAA00
+_API_NUMBER = 0xAA
+_API = 0xC018AA3F
+_REGISTER = 0xC020AA00
+_UNREGISTER = 0x8010AA01
+_WRITE_PROTECT = 0xC018AA06
+_PAGEMAP_SCAN = 0xC0606610
+
+FEATURE_WP_UNPOPULATED = 1 << 13
+FEATURE_WP_ASYNC = 1 << 15
+
+MODE_MISSING, MODE_WRITE_PROTECT = 1, 2
+
+_PAGE_IS_WRITTEN = 1 << 1
+_SCAN_WRITE_PROTECT, _SCAN_CHECK_ASYNC = 1, 2
+_RANGES_AT_ONCE = 4096
+
+Ranges = npt.NDArray[np.uint64]
+"""Shape (n, 2): first address and the one behind the last."""
+
+
+class Userfaultfd:
+    """One descriptor. :param features: that the kernel must have. :raise OSError: it has not, or we may not."""
+
+    def __init__(self, features: int) -> None:
+        self.fd = -1
+        self.how = ""
+        last = OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        for how, fd in _ways():
+            if isinstance(fd, OSError):
+                last = fd
+                continue
+            try:
+                fcntl.ioctl(fd, _API, bytearray(struct.pack("=QQQ", _API_NUMBER, features, 0)))
+            except OSError as error:
+                os.close(fd)
+                last = error
+                continue
+            self.fd, self.how = fd, how
+            return
+        raise last
+
+    def register(self, start: int, length: int, mode: int) -> None:
+        """Watch a range of whole pages. :raise OSError: somebody does already, or it is not ours."""
+        fcntl.ioctl(self.fd, _REGISTER, bytearray(struct.pack("=QQQQ", start, length, mode, 0)))
+
+    def unregister(self, start: int, length: int) -> None:
+        """Watch it no longer."""
+        fcntl.ioctl(self.fd, _UNREGISTER, bytearray(struct.pack("=QQ", start, length)))
+
+    def close(self) -> None:
+        """Watch nothing any more; a second time, nothing."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _ways() -> "Iterator[tuple[str, int | OSError]]":
+    try:
+        device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            yield "/dev/userfaultfd", fcntl.ioctl(device, _DEVICE_NEW, os.O_CLOEXEC | os.O_NONBLOCK)
+        finally:
+            os.close(device)
+    except OSError as error:
+        yield "/dev/userfaultfd", error
+    number = _SYSTEM_CALL.get(platform.machine())
+    if number is None:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    for flags, how in ((0, "system call"), (_USER_MODE_ONLY, "system call, user mode only")):
+        fd = libc.syscall(number, os.O_CLOEXEC | os.O_NONBLOCK | flags)
+        code = ctypes.get_errno()
+        yield how, fd if fd >= 0 else OSError(code, os.strerror(code))
+
+
+class _ScanArguments(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in (
+            "size",
+            "flags",
+            "start",
+            "end",
+            "walk_end",
+            "vec",
+            "vec_len",
+            "max_pages",
+            "category_inverted",
+            "category_mask",
+            "category_anyof_mask",
+            "return_mask",
+        )
+    )
+
+
+class Pagemap:
+    """Our own page tables, asked. :raise OSError: the kernel does not show them."""
+
+    def __init__(self) -> None:
+        self._fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        self._found = (ctypes.c_uint64 * (3 * _RANGES_AT_ONCE))()
+
+    def take_written(self, start: int, length: int) -> Ranges:
+        """What was written in a range since it was last asked for, and from here on it is asked for anew: in one step.
+
+        The range is registered with `FEATURE_WP_ASYNC`. The first time, everything that was ever touched.
+
+        :raise OSError: the kernel knows no such question (before Linux 6.7).
+        """
+        end = start + length
+        parts: list[Ranges] = []
+        while start < end:
+            asked = _ScanArguments(
+                size=ctypes.sizeof(_ScanArguments),
+                flags=_SCAN_WRITE_PROTECT | _SCAN_CHECK_ASYNC,
+                start=start,
+                end=end,
+                vec=ctypes.addressof(self._found),
+                vec_len=_RANGES_AT_ONCE,
+                category_mask=_PAGE_IS_WRITTEN,
+                return_mask=_PAGE_IS_WRITTEN,
+            )
+            count = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, asked)
+            found = np.frombuffer(memoryview(self._found).cast("B"), np.uint64, 3 * count)
+            parts.append(found.reshape(-1, 3)[:, :2].copy())
+            start = int(asked.walk_end)
+        return np.concatenate(parts) if parts else np.zeros((0, 2), np.uint64)
+
+    def close(self) -> None:
+        """Ask no more; a second time, nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -1,0 +1,135 @@
+"""The ground: the snapshot that a machine stands on, and what of its memory has changed since.
+
+A machine stands on the snapshot that it was last saved to or loaded from. The next save continues that one's stream, if it can:
+the older stream's page records stay where they are, shared by both snapshots, and only what changed is written behind them.
+Whether it can is asked anew each time (`Ground.base`); where it cannot, a whole stream is written, and the log says why.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from stillframe.block.node import PageIndexPlace, SnapshotInfo
+from stillframe.errors import Corrupt, StillframeError
+from stillframe.machine.machine import Machine
+from stillframe.machine.tracking import Changes, HashName, Tracking, track
+from stillframe.snapshots.selection import SnapshotNode
+from stillframe.vmstate.page_index import PageIndex, unpack_page_index
+from stillframe.vmstate.ram import RamBlock
+
+_log = logging.getLogger(__name__)
+
+STALE_AT_MOST = 0.5
+"""A stream of which more than this part is records that are no longer in force is not continued."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A snapshot whose stream can be continued.
+
+    :param index: where its pages lie. :param stream: the UUID that its continuations share.
+    """
+
+    snapshot: SnapshotInfo
+    index: PageIndex
+    stream: UUID
+
+
+class Ground:
+    """Of one machine; its methods are called by one snapshot operation at a time.
+
+    :param algorithm: find changes by hashes of this kind, whatever the kernel can do.
+    :ivar snapshot: the UUID of the snapshot that the machine stands on; None before the first, and after a load of one that
+        stillframe did not make.
+    """
+
+    def __init__(self, machine: Machine, algorithm: HashName | None = None) -> None:
+        self._machine = machine
+        self._algorithm = algorithm
+        self._tracking: Tracking | None = None
+        self._index: PageIndex | None = None
+        self.snapshot: UUID | None = None
+
+    def take(self) -> Changes:
+        """Held: what has changed; given back to `stand` or `put_back`. What changes from here on is counted apart."""
+        if self._tracking is None:
+            # Until now nobody watched: this is the first instant that changes can be counted from.
+            self.snapshot = None
+            self._tracking = track(self._machine.memory, self._algorithm)
+        return self._tracking.take()
+
+    def stand(self, snapshot: UUID, index: PageIndex | None, changes: Changes) -> None:
+        """The save that took `changes` is committed. :param index: where its pages lie."""
+        self._followed.stand(changes)
+        self.snapshot, self._index = snapshot, index
+
+    def put_back(self, changes: Changes) -> None:
+        """The save that took `changes` came to nothing."""
+        self._followed.put_back(changes)
+
+    def stand_here(self, snapshot: UUID | None) -> None:
+        """Held, at the end of a load: the machine is what this snapshot shows."""
+        if self._tracking is None:
+            self._tracking = track(self._machine.memory, self._algorithm)
+        self._tracking.stand_here()
+        self.snapshot, self._index = snapshot, None
+
+    @property
+    def _followed(self) -> Tracking:
+        if self._tracking is None:
+            raise RuntimeError("Nothing was taken")
+        return self._tracking
+
+    def close(self) -> None:
+        """Watch no more."""
+        if self._tracking is not None:
+            self._tracking.close()
+            self._tracking = None
+            self.snapshot = None
+
+    def base(self, node: SnapshotNode, blocks: Sequence[RamBlock]) -> Base | None:
+        """The snapshot on `node` whose stream a save of these blocks of memory can continue."""
+        base, why = self._base(node, blocks)
+        if base is None and self.snapshot is not None:
+            _log.info("The machine state is written as a whole: %s", why)
+        return base
+
+    def _base(self, node: SnapshotNode, blocks: Sequence[RamBlock]) -> tuple[Base | None, str]:
+        parent = next((s for s in node.store.snapshots() if _identity(s) == self.snapshot), None)
+        if self.snapshot is None or parent is None or parent.lineage is None:
+            return None, f"node '{node.name}' does not have the snapshot that the machine stands on"
+        place = parent.lineage.page_index
+        if place is None:
+            return None, f"snapshot '{parent.name}' has no page index"
+        if place.ram_size != sum(block.length for block in blocks):
+            return None, f"snapshot '{parent.name}' is of another size of memory"
+        index = self._index
+        if index is None or index.blocks != tuple(blocks):
+            try:
+                index = read_page_index(node, parent, place, blocks)
+            except StillframeError as error:
+                return None, f"the page index of snapshot '{parent.name}' cannot be used: {error.message}"
+        if index.record_bytes - index.live_bytes > STALE_AT_MOST * index.record_bytes:
+            return None, f"more than half of the records in the state of '{parent.name}' are out of force"
+        return Base(parent, index, place.stream), ""
+
+
+def read_page_index(
+    node: SnapshotNode, snapshot: SnapshotInfo, place: PageIndexPlace, blocks: Sequence[RamBlock]
+) -> PageIndex:
+    """The page index of a snapshot, examined. :raise Corrupt: it is damaged, or of another memory. :raise Failed: storage."""
+    data = node.store.read_page_index(snapshot)
+    if data is None or page_index_checksum(data) != place.checksum:
+        raise Corrupt("its bytes are not those that were written")
+    return unpack_page_index(data, snapshot.state_size, blocks)
+
+
+def page_index_checksum(data: bytes) -> bytes:
+    """16 bytes."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _identity(snapshot: SnapshotInfo) -> UUID | None:
+    return snapshot.lineage.snapshot if snapshot.lineage else None

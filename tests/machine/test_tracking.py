@@ -1,0 +1,139 @@
+"""Whoever writes to memory, and however: what changed since the ground is found, by the kernel's memory and by hashes alike."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stillframe.machine.frozen import freeze
+from stillframe.machine.memory import PAGE_SIZE, GuestMemory, MemoryBlock
+from stillframe.machine.tracking import Changes, HashTracking, KernelTracking, Tracking, track
+
+PAGES = 2048
+
+
+@pytest.fixture
+def memory() -> GuestMemory:
+    return GuestMemory(
+        (
+            MemoryBlock.allocate("ram", 1 << 32, PAGES * PAGE_SIZE, is_ram=True),
+            MemoryBlock.allocate("flash", 1 << 30, 16 * PAGE_SIZE, is_ram=False),
+            MemoryBlock.allocate("none", 1 << 29, 0, is_ram=False),
+        )
+    )
+
+
+@pytest.fixture(params=["kernel", "xxh3", "blake2"])
+def tracking(request: pytest.FixtureRequest, memory: GuestMemory) -> Iterator[Tracking]:
+    found = KernelTracking(memory) if request.param == "kernel" else HashTracking(request.param)
+    found.stand(found_by(found, memory)[0])
+    yield found
+    found.close()
+
+
+def found_by(tracking: Tracking, memory: GuestMemory) -> tuple[Changes, dict[str, list[int]]]:
+    changes = tracking.take()
+    copy = freeze(memory)
+    try:
+        return changes, {block.name: changes.pages(block, copy).tolist() for block in memory if block.size}
+    finally:
+        copy.close()
+
+
+def put(memory: GuestMemory, page: int, value: int = 1) -> None:
+    memory.blocks[0].view[page * PAGE_SIZE + 17] = value
+
+
+def test_each_page_written_since_the_ground_is_found_and_no_other(
+    tracking: Tracking, memory: GuestMemory
+) -> None:
+    for page in (0, 5, 6, 511, 512, 513, PAGES - 1):
+        put(memory, page)
+    memory.blocks[1].view[3 * PAGE_SIZE] = 9
+    changes, pages = found_by(tracking, memory)
+    assert pages == {"ram": [0, 5, 6, 511, 512, 513, PAGES - 1], "flash": [3]}
+    tracking.stand(changes)
+    changes, pages = found_by(tracking, memory)
+    assert pages == {"ram": [], "flash": []}
+
+
+def test_a_save_that_came_to_nothing_leaves_its_changes_to_the_next(
+    tracking: Tracking, memory: GuestMemory
+) -> None:
+    put(memory, 3)
+    changes, pages = found_by(tracking, memory)
+    assert pages["ram"] == [3]
+    put(memory, 4)
+    tracking.put_back(changes)
+    put(memory, 1000)
+    changes, pages = found_by(tracking, memory)
+    assert pages["ram"] == [3, 4, 1000]
+    tracking.stand(changes)
+    put(memory, 7)
+    assert found_by(tracking, memory)[1]["ram"] == [7]
+
+
+def test_what_is_written_while_a_save_is_on_its_way_belongs_to_the_next(
+    tracking: Tracking, memory: GuestMemory
+) -> None:
+    put(memory, 1)
+    changes, pages = found_by(tracking, memory)
+    put(memory, 2)
+    tracking.stand(changes)
+    assert pages["ram"] == [1]
+    assert found_by(tracking, memory)[1]["ram"] == [2]
+
+
+def test_a_load_is_a_ground_and_nothing_before_it_counts(memory: GuestMemory) -> None:
+    tracking = KernelTracking(memory)
+    put(memory, 1)
+    tracking.stand_here()
+    put(memory, 9)
+    assert found_by(tracking, memory)[1]["ram"] == [9]
+    tracking.close()
+
+
+def test_hashes_without_a_ground_find_every_page_changed(memory: GuestMemory) -> None:
+    tracking = HashTracking()
+    assert found_by(tracking, memory)[1]["ram"] == list(range(PAGES))
+
+
+def test_a_guest_cannot_know_the_hash_of_its_pages(memory: GuestMemory) -> None:
+    copy = freeze(memory)
+    block = memory.blocks[1]
+    for algorithm in ("xxh3", "blake2"):
+        one, other = HashTracking(algorithm), HashTracking(algorithm)  # type: ignore[arg-type]
+        assert (one.digests(block, copy) != other.digests(block, copy)).all()
+    copy.close()
+
+
+def test_hashes_are_used_where_they_are_asked_for(memory: GuestMemory) -> None:
+    asked = track(memory, "blake2")
+    assert asked.how == "hashes"
+    asked.close()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_the_kernel_and_the_hashes_agree(data: st.DataObject) -> None:
+    memory = GuestMemory((MemoryBlock.allocate("ram", 1 << 32, PAGES * PAGE_SIZE, is_ram=True),))
+    kernel, hashes = KernelTracking(memory), HashTracking()
+    hashes.stand(found_by(hashes, memory)[0])
+    pages = np.frombuffer(memory.blocks[0].view, np.uint8).reshape(PAGES, PAGE_SIZE)
+    for turn in range(1, 4):
+        chosen = data.draw(st.lists(st.integers(0, PAGES - 1), max_size=40))
+        pages[chosen] = turn
+        (changes, found), (hashed, told) = found_by(kernel, memory), found_by(hashes, memory)
+        assert found["ram"] == told["ram"] == sorted(set(chosen))
+        if data.draw(st.booleans()):
+            kernel.stand(changes)
+            hashes.stand(hashed)
+        else:
+            kernel.put_back(changes)
+            hashes.put_back(hashed)
+            # Written once more, so that the next turn finds them by both.
+            kernel.stand_here()
+            hashes.stand(found_by(hashes, memory)[0])
+    kernel.close()
