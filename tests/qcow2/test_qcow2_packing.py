@@ -3,6 +3,8 @@
 import errno
 import itertools
 import random
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from block.faults import apply as apply_step
 from peers import installed_versions, using
 from qcow2.images import LONG, as_raw, assert_clean, checked, delete, make, opened, qemu_io, revert, take
 from qcow2.memory import MemoryNode
+from stillframe.block.file import FileNode
 from stillframe.block.qcow2 import Qcow2Node, create_image
 from stillframe.block.qcow2.check import check
 from stillframe.block.qcow2.compression import compress_clusters, decompress
@@ -372,6 +375,34 @@ def test_a_crash_while_clusters_are_packed_costs_only_what_was_not_flushed(
             whole = MemoryNode(state)
             assert repair(whole, "leaks").leaks == 0
     assert number > 50
+
+
+@pytest.mark.parametrize("bits", [1, 16])
+def test_a_killed_process_loses_no_cluster_that_it_had_packed(bits: int, tmp_path: Path) -> None:
+    path = make(tmp_path / "disk.qcow2", 64 * 65536, refcount_bits=bits)
+    program = (
+        "import os\n"
+        "from stillframe.block.file import FileNode\n"
+        "from stillframe.block.qcow2 import Qcow2Node\n"
+        f"node = Qcow2Node('node', FileNode('file', {str(path)!r}))\n"
+        "for number in range(40):\n"
+        "    node.write_compressed(number * 65536, bytes([number + 1]) * 65536)\n"
+        "node.write_compressed(0, bytes([99]) * 65536)\n"
+        "os._exit(9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 9
+    with opened(path) as node:
+        assert [node.read(n * 65536, 65536) for n in range(40)] == [
+            bytes([n + 1 if n else 99]) * 65536 for n in range(40)
+        ]
+        node.write_compressed(50 * 65536, b"x" * 65536)
+    assert checked(path).get("corruptions", 0) == 0
+    file = FileNode("file", str(path))
+    try:
+        assert repair(file, "leaks").leaks == 0
+    finally:
+        file.close()
+    assert_clean(path)
 
 
 def as_snapshot(image: bytes) -> bytes:
