@@ -4,14 +4,15 @@ import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from block.faults import Flush, ForwardingNode, RecordingNode
-from block.faults import apply as apply_step
+from block.faults import ForwardingNode
+from qcow2.images import take
 from qcow2.memory import MemoryNode
 from stillframe.block.node import FileIdentity
-from stillframe.block.qcow2 import Qcow2Node
+from stillframe.block.qcow2 import Qcow2Node, create_image
 
 _inodes = itertools.count(1)
 
@@ -28,13 +29,27 @@ class IdentifiedNode(MemoryNode):
         return FileIdentity(1, self.inode, 2)
 
 
+def shared_image(cluster_size: int = 4096, clusters: int = 16) -> bytes:
+    """A disk whose every cluster is full, and shared with a snapshot: each write replaces content."""
+    file = MemoryNode()
+    create_image(file, clusters * cluster_size, cluster_size=cluster_size)  # type: ignore[arg-type]
+    node = Qcow2Node("node", file)
+    node.write(0, b"\x11" * node.size)
+    take(node, "first")
+    node.close()
+    return bytes(file.data)
+
+
 @dataclass(frozen=True)
 class Instant:
     """What the death of the process leaves: the file's bytes, its inode, and the record's bytes, None for none."""
 
-    image: bytes
+    image: bytes = field(repr=False)
     inode: int
-    record: bytes | None
+    record: bytes | None = field(repr=False)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))
 
 
 class Shelf:
@@ -78,13 +93,12 @@ class Watched:
     :ivar instants: all of them, with a number that `mark` had set before.
     """
 
-    def __init__(self, image: bytes, shelf: Shelf) -> None:
+    def __init__(self, image: bytes, shelf: Shelf, inode: int | None = None) -> None:
         self.shelf = shelf
-        self.file = IdentifiedNode(image)
-        self.recording = _WatchedNode(self.file, self)
+        self.file = IdentifiedNode(image, inode)
         self.instants: list[tuple[int, Instant]] = []
         self.number = 0
-        self.node = Qcow2Node("node", self.recording)
+        self.node = Qcow2Node("node", _WatchedNode(self.file, self))
 
     def mark(self) -> None:
         """Something begins or was acknowledged."""
@@ -129,11 +143,5 @@ def reopened(instant: Instant, shelf: Shelf) -> Iterator[Qcow2Node]:
 def killed_while_reopening(instant: Instant, shelf: Shelf) -> Iterator[Instant]:
     """Who comes next is killed as well, after each change of the file that the opening makes."""
     shelf.write(instant.inode, instant.record)
-    file = RecordingNode(IdentifiedNode(instant.image, instant.inode))
-    Qcow2Node("node", file)
-    # It ends with the number taken out of the header; the record is there until then.
-    state = bytearray(instant.image)
-    for step in file.log:
-        if not isinstance(step, Flush):
-            apply_step(state, step)
-            yield Instant(bytes(state), instant.inode, instant.record)
+    watched = Watched(instant.image, shelf, instant.inode)
+    yield from (each for _, each in watched.instants)

@@ -12,8 +12,16 @@ from pathlib import Path
 import pytest
 
 from peers import installed_versions, using
-from qcow2.images import LONG, apply, assert_only_leaks, named, take
-from qcow2.killed import IdentifiedNode, Instant, Shelf, Watched, killed_while_reopening, reopened
+from qcow2.images import LONG, apply, assert_only_leaks, named
+from qcow2.killed import (
+    IdentifiedNode,
+    Instant,
+    Shelf,
+    Watched,
+    killed_while_reopening,
+    reopened,
+    shared_image,
+)
 from qcow2.memory import MemoryNode
 from stillframe.block.node import Change, SnapshotRecord
 from stillframe.block.qcow2 import Qcow2Node, create_image, mapping, unflushed
@@ -24,24 +32,6 @@ from stillframe.block.qcow2.replay import Outcome
 SEQUENCES = 60 if LONG else 4
 OPERATIONS = 40
 pytestmark = pytest.mark.timeout(3600 if LONG else 180)
-
-
-@pytest.fixture
-def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shelf:
-    """Shared memory of the test's own."""
-    monkeypatch.setattr(unflushed, "SHARED_MEMORY", str(tmp_path / "shm"))
-    return Shelf(tmp_path / "shm")
-
-
-def shared_image(cluster_size: int = 4096, clusters: int = 16) -> bytes:
-    """A disk whose every cluster is full, and shared with a snapshot: each write replaces content."""
-    file = MemoryNode()
-    create_image(file, clusters * cluster_size, cluster_size=cluster_size)  # type: ignore[arg-type]
-    node = Qcow2Node("node", file)
-    node.write(0, b"\x11" * node.size)
-    take(node, "first")
-    node.close()
-    return bytes(file.data)
 
 
 def outcome(instant: Instant, shelf: Shelf) -> Outcome:

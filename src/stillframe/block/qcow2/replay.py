@@ -5,7 +5,7 @@
        active tree's own; what the new entries point to is counted, and no metadata
     2  flush: the data that the entries wait for
     3  the entries are written; flush
-    4  the number is taken out of the header, then the record goes
+    4  the record is emptied, the number taken out of the header, and the record removed
 
 Killed in between, it is done again: an entry that was written is one of those that the record allows. Nothing is handed out and
 nothing repaired before. What cannot be verified counts as lost in a power cut: the file alone is whole and holds what was flushed.
@@ -16,9 +16,17 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from stillframe.block.qcow2.layout import COPIED, DIRTY, OFFSET_MASK, OTHER_AUTOCLEAR, RECORD_NUMBER_SHIFT
+from stillframe.block.qcow2.layout import (
+    COMPRESSED,
+    COPIED,
+    DIRTY,
+    L2_RESERVED,
+    OFFSET_MASK,
+    OTHER_AUTOCLEAR,
+    RECORD_NUMBER_SHIFT,
+)
 from stillframe.block.qcow2.metadata import ACTIVE_L2
-from stillframe.block.qcow2.unflushed import Change, Kind, digest, find
+from stillframe.block.qcow2.unflushed import Change, Kind, digest, find, remove_voided
 from stillframe.errors import ImageCorrupt, IOFailed, Refused
 
 if TYPE_CHECKING:
@@ -73,6 +81,8 @@ def recover(image: "Image") -> Recovery:
         return Recovery(Outcome.UNKNOWN)
     number = header.autoclear >> RECORD_NUMBER_SHIFT
     if not number:
+        if remove_voided(image.file.node):
+            return Recovery(Outcome.LOST, why="Another program has opened the image for writing meanwhile")
         return Recovery(Outcome.CLEAN)
     # What the entries wait for may lie there.
     image.reader.refuse_without_data()
@@ -100,6 +110,7 @@ def recover(image: "Image") -> Recovery:
         for (table, index), entry in sorted(entries.items()):
             image.file.write(table + index * len(entry), entry)
         image.file.flush()
+        record.empty()
         _take_number_out(image)
         is_over = True
     finally:
@@ -125,6 +136,7 @@ def _verified(image: "Image", changes: list[Change]) -> Entries:
     own = _own_tables(image)
     entry_bytes = header.l2_entry_words * 8
     entries: Entries = {}
+    before: Entries = {}
     # A table that is not there any more was replaced: its successor was made with everything that this one was to get.
     for table in own & allowed.keys():
         data = image.file.read(table, image.cluster_size)
@@ -136,7 +148,8 @@ def _verified(image: "Image", changes: list[Change]) -> Entries:
                 raise Refused("The image was changed since the record of unflushed writes was made")
             if present != values[-1]:
                 entries[table, index] = values[-1]
-    _verify_clusters(image, entries)
+                before[table, index] = present
+    _verify_clusters(image, entries, before)
     return entries
 
 
@@ -165,19 +178,29 @@ def _own_tables(image: "Image") -> set[int]:
     return set(owned[aligned].tolist())
 
 
-def _verify_clusters(image: "Image", entries: Entries) -> None:
-    """What the entries point to is counted, nobody else's where they say so, and no metadata."""
+def _verify_clusters(image: "Image", entries: Entries, present: Entries) -> None:
+    """What the new entries point to is counted, theirs alone where they say so, and no metadata.
+
+    :param present: what the file holds in their places. An entry without COPIED is the present one with a flag changed.
+    """
     header = image.header
     seen: set[int] = set()
-    for (table, _), data in entries.items():
-        entry = image.l2.unpack(data, 0, 1)[0]
+    for place, data in entries.items():
+        entry, before = (image.l2.unpack(each, 0, 1)[0] for each in (data, present[place]))
         image.l2.check(entry)
+        if not entry & COMPRESSED and entry & L2_RESERVED:
+            raise Refused("The record of unflushed writes holds an entry that none can be")
         with image.gate.lock:
-            if image.metadata_at(table >> header.cluster_bits) != ACTIVE_L2:
+            if image.metadata_at(place[0] >> header.cluster_bits) != ACTIVE_L2:
                 raise Refused("The record of unflushed writes contradicts the image's tables")
             for cluster in image.l2.counted(entry):
                 count = image.refcounts.count(cluster)
-                is_shared = count != 1 or cluster in seen
-                if not count or (entry & COPIED and is_shared) or image.metadata_at(cluster):
+                if entry & COPIED:
+                    is_right = count == 1 and cluster not in seen
+                elif entry & COMPRESSED:
+                    is_right = count > 0
+                else:
+                    is_right = count > 1 and not (entry ^ before) & (OFFSET_MASK | COPIED | COMPRESSED)
+                if not is_right or image.metadata_at(cluster):
                     raise Refused("The record of unflushed writes contradicts the image's refcounts")
                 seen.add(cluster)

@@ -63,6 +63,7 @@ _VOID = 1 << 63
 _FIRST = struct.Struct("=4sIIIII16sQQQ")
 _STATE = struct.Struct("=Q")
 _ENTRY = struct.Struct("=IIIIQ16s16s")
+_OPEN_FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _CRC = struct.Struct("=I4x")
 
 
@@ -227,6 +228,12 @@ class FoundRecord:
         self._file = file
         self._entry_bytes = entry_bytes
 
+    @property
+    def held_something(self) -> bool:
+        """Whether there were entries, or it is void."""
+        (word,) = _STATE.unpack_from(self._file.map, _STATE_AT)
+        return bool(word & (_VOID | 0xFFFFFFFF))
+
     def changes(self) -> list[Change]:
         """The log, in order. :raise Refused: it is void or damaged."""
         (word,) = _STATE.unpack_from(self._file.map, _STATE_AT)
@@ -253,6 +260,10 @@ class FoundRecord:
             before, after = before[: self._entry_bytes], after[: self._entry_bytes]
         return Change(kind, table, index, before, after)
 
+    def empty(self) -> None:
+        """The image's file holds everything."""
+        _STATE.pack_into(self._file.map, _STATE_AT, 0)
+
     def close(self, *, remove: bool) -> None:
         """Let go of it. :param remove: it has been dealt with."""
         self._file.close(remove=remove)
@@ -268,17 +279,34 @@ def find(node: Node, number: int, entry_bytes: int) -> FoundRecord:
     if identity is None:
         raise Refused("The image is not in a regular file, so there is no record of unflushed writes")
     try:
-        with _directory(create=False) as directory:
-            fd = os.open(
-                _name(identity), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory
-            )
-            file = _RecordFile.take(fd, _name(identity))
+        file = _RecordFile.open(identity)
     except OSError as error:
         raise Refused(f"There is no record of unflushed writes to be had: {error.strerror}") from error
     if file.about() != (number, identity):
         file.close(remove=False)
         raise Refused("The record of unflushed writes is another one's")
     return FoundRecord(file, entry_bytes)
+
+
+def remove_voided(node: Node) -> bool:
+    """Remove the record of an image whose header does not speak of one: whether it held something.
+
+    :param node: the image's file, open for writing.
+    """
+    try:
+        if not os.listdir(_directory_path()):
+            return False
+        identity = node.identity
+        file = _RecordFile.open(identity) if identity is not None else None
+    except (StillframeError, OSError):
+        return False
+    if file is None:
+        return False
+    is_of_it = file.about()[1] == identity
+    found = FoundRecord(file, 8)
+    held = is_of_it and found.held_something
+    found.close(remove=True)
+    return held
 
 
 class _RecordFile:
@@ -331,6 +359,13 @@ class _RecordFile:
                 os.close(fd)
                 os.unlink(name, dir_fd=directory)
                 raise
+
+    @classmethod
+    def open(cls, identity: FileIdentity) -> "_RecordFile":
+        """:raise Refused: as of `take`. :raise OSError: there is none."""
+        name = _name(identity)
+        with _directory(create=False) as directory:
+            return cls.take(os.open(name, _OPEN_FLAGS, dir_fd=directory), name)
 
     @classmethod
     def take(cls, fd: int, name: str) -> "_RecordFile":
@@ -390,7 +425,7 @@ def _directory(*, create: bool) -> Iterator[int]:
 
     :raise Refused: it is not ours alone. :raise OSError: it cannot be had.
     """
-    path = f"{SHARED_MEMORY}/stillframe-{os.geteuid()}"
+    path = _directory_path()
     if create:
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
@@ -402,6 +437,10 @@ def _directory(*, create: bool) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def _directory_path() -> str:
+    return f"{SHARED_MEMORY}/stillframe-{os.geteuid()}"
 
 
 def _name(identity: FileIdentity) -> str:
@@ -420,7 +459,7 @@ def _remove_stale(directory: int, name: str) -> None:
     :raise Refused: somebody who lives uses it. :raise OSError: it cannot be removed.
     """
     try:
-        fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory)
+        fd = os.open(name, _OPEN_FLAGS, dir_fd=directory)
     except FileNotFoundError:
         return
     except OSError:
@@ -442,7 +481,7 @@ def _sweep(directory: int) -> None:
             about = os.stat(name, dir_fd=directory, follow_symlinks=False)
             if not name.endswith(".unflushed") or time.time() - about.st_mtime < STALE_SECONDS:
                 continue
-            fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory)
+            fd = os.open(name, _OPEN_FLAGS, dir_fd=directory)
             file = _RecordFile.take(fd, name)
             _, identity = file.about()
             try:
