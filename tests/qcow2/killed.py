@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,12 +91,14 @@ class Watched:
     """An image in memory that can be killed at every change of its file, and at every acknowledgement.
 
     :ivar instants: all of them, with a number that `mark` had set before.
+    :ivar during_flush: what another of the guest's requests does while the file's next flush is under way.
     """
 
     def __init__(self, image: bytes, shelf: Shelf, inode: int | None = None) -> None:
         self.shelf = shelf
         self.file = IdentifiedNode(image, inode)
         self.instants: list[tuple[int, Instant]] = []
+        self.during_flush: Callable[[], None] | None = None
         self.number = 0
         self.node = Qcow2Node("node", _WatchedNode(self.file, self))
 
@@ -127,6 +129,12 @@ class _WatchedNode(ForwardingNode):
     def truncate(self, size: int) -> None:
         super().truncate(size)
         self._watched.note()
+
+    def flush(self) -> None:
+        super().flush()
+        work, self._watched.during_flush = self._watched.during_flush, None
+        if work is not None:
+            work()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from peers import installed_versions, using
-from qcow2.images import LONG, apply, assert_only_leaks, named
+from qcow2.images import LONG, apply, assert_only_leaks, named, take
 from qcow2.killed import (
     IdentifiedNode,
     Instant,
@@ -195,6 +195,58 @@ def test_a_full_record_begins_anew_and_loses_nothing(shelf: Shelf, monkeypatch: 
     assert node.read(0, 16 * 4096) == b"".join(bytes([n + 1]) * 4096 for n in range(16))
 
 
+def test_a_table_whose_cluster_became_another_table_is_not_written_by_the_replay(shelf: Shelf) -> None:
+    """The log goes on, since a write was acknowledged during the flush after which the first table was free."""
+    file = IdentifiedNode(b"")
+    create_image(file, 32 << 20, cluster_size=512)
+    node = Qcow2Node("node", file)
+    node.write(0, b"\x11" * 32768)
+    take(node, "first")
+    node.write(0, b"\x22" * 512)
+    table = node.image.world.l1[1:8]
+    pending = node.snapshot_store.freeze()
+    node.write(512, b"\x33" * 512)
+    pending.abandon()
+
+    class Busy(MemoryNode):
+        """A request is acknowledged while the flush is under way."""
+
+        def flush(self) -> None:
+            node.image.file.node = file
+            node.write(1024, b"\x44" * 512)
+
+    busy = Busy()
+    busy.data = file.data
+    node.image.file.node = busy
+    node.flush()
+    at = 0
+    while table not in node.image.world.l1:
+        at += 32768
+        node.write(at + 512, b"\x55" * 20000)
+    with reopened(Instant(bytes(file.data), file.inode, shelf.read(file.inode)), shelf) as again:
+        assert again.image.recovery is not None
+        assert again.image.recovery.outcome is Outcome.REPLAYED
+        assert again.read(0, 1536) == b"\x22" * 512 + b"\x33" * 512 + b"\x44" * 512
+        assert again.read(at, 1024) == bytes(512) + b"\x55" * 512
+
+
+def test_a_refcount_table_that_grew_does_not_void_the_record(shelf: Shelf) -> None:
+    file = IdentifiedNode(b"")
+    create_image(file, 32 << 20, cluster_size=512)
+    node = Qcow2Node("node", file)
+    node.write(0, b"\x11" * 512)
+    take(node, "first")
+    node.write(0, b"\x22" * 512)
+    start = at = node.image.header.refcount_table_offset
+    while node.image.header.refcount_table_offset == start:
+        at += 1 << 16
+        node.write(at, b"\x33" * 32768)
+    with reopened(Instant(bytes(file.data), file.inode, shelf.read(file.inode)), shelf) as again:
+        assert again.image.recovery is not None
+        assert again.image.recovery.outcome is Outcome.REPLAYED
+        assert again.read(0, 512) == b"\x22" * 512
+
+
 # Everything at random.
 
 
@@ -274,7 +326,11 @@ class Guest:
         self.node.discard(offset, length)
 
     def flush(self) -> None:
+        """Half of the time a write is acknowledged meanwhile."""
+        if self.chance.random() < 0.5:
+            self.watched.during_flush = self.write
         self.node.flush()
+        self.watched.during_flush = None
 
     def begin(self) -> None:
         if self.pending is None:

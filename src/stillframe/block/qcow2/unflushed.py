@@ -37,10 +37,10 @@ import os
 import stat
 import struct
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from zlib import crc32
 
 from stillframe.block.node import FileIdentity, Node
 from stillframe.errors import Refused, StillframeError
@@ -73,6 +73,9 @@ class Kind(IntEnum):
     ENTRY = 1
     FORGET = 2
     WORLD = 3
+
+
+_ENTRY_KIND = int(Kind.ENTRY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,8 @@ class Record:
         self._count = 0
         self._epoch = 1
         self._tables: set[int] = set()
+        self._map: mmap.mmap
+        self._seed: int
 
     def covers(self, table: int) -> bool:
         """Whether the log speaks of this table, so that every change of it must be told."""
@@ -134,23 +139,24 @@ class Record:
 
         :raise IOFailed: the image's header could not be written; nothing was noted.
         """
-        if not self._begin():
+        if self._is_void or not (self._count or self._begin()):
             return
         self._tables.add(table)
         size = self._entry_bytes
         for at in range(0, len(after), size):
-            self._add(Kind.ENTRY, table, index, before[at : at + size], after[at : at + size])
+            self._put(_ENTRY_KIND, table, index, before[at : at + size], after[at : at + size])
             index += 1
+        self._store_state()
 
     def forget(self, table: int) -> None:
         """A cluster that the log speaks of is no table any more. There is room."""
-        self._add(Kind.FORGET, table, 0, b"", b"")
+        self._add(Kind.FORGET, table, b"")
         self._tables.discard(table)
 
     def note_world(self, world: bytes) -> None:
         """Header bytes 24..71 are about to become these."""
         if self._count:
-            self._add(Kind.WORLD, 0, 0, b"", digest(world))
+            self._add(Kind.WORLD, 0, digest(world))
 
     def reset(self) -> None:
         """The file holds everything."""
@@ -179,9 +185,7 @@ class Record:
         self._is_tried = True
 
     def _begin(self) -> bool:
-        """Make it so that entries can be added: whether they can."""
-        if self._count:
-            return not self._is_void
+        """Make it so that the first entry can be added: whether it can."""
         if not self._is_tried:
             try:
                 self._file = _RecordFile.create(self._node, self._number)
@@ -197,28 +201,32 @@ class Record:
         world = self._announce(self._number)
         if self._file is None:
             return False
+        self._map, self._seed = self._file.map, self._file.seed
         self._file.touch()
-        self._add(Kind.WORLD, 0, 0, b"", digest(world))
+        self._add(Kind.WORLD, 0, digest(world))
         return True
 
-    def _add(self, kind: Kind, table: int, index: int, before: bytes, after: bytes) -> None:
-        file = self._file
-        if file is None or self._is_void:
-            return
+    def _add(self, kind: Kind, table: int, after: bytes) -> None:
+        if self._file is not None and not self._is_void:
+            self._put(kind, table, 0, b"", after)
+            self._store_state()
+
+    def _put(self, kind: int, table: int, index: int, before: bytes, after: bytes) -> None:
+        """Write one entry, which counts with the next `_store_state`. There is a file, and it is not void."""
         number = self._count
         if number == CAPACITY:
-            self.void()
+            self._is_void = True
             return
         data = _ENTRY.pack(self._epoch, number, kind, index, table, before, after)
         at = _HEADER_BYTES + number * _ENTRY_BYTES
-        file.map[at : at + _ENTRY_BYTES] = data + _CRC.pack(zlib.crc32(data, file.seed))
+        self._map[at : at + _ENTRY_BYTES] = data + _CRC.pack(crc32(data, self._seed))
         self._count = number + 1
-        self._store_state()
 
     def _store_state(self) -> None:
         if self._file is not None:
-            word = self._epoch << 32 | self._count | (_VOID if self._is_void else 0)
-            _STATE.pack_into(self._file.map, _STATE_AT, word)
+            _STATE.pack_into(
+                self._map, _STATE_AT, self._epoch << 32 | self._count | (_VOID if self._is_void else 0)
+            )
 
 
 class FoundRecord:
@@ -249,7 +257,7 @@ class FoundRecord:
         data = self._file.map[at : at + _ENTRY.size]
         (crc,) = _CRC.unpack_from(self._file.map, at + _ENTRY.size)
         found = _ENTRY.unpack(data)
-        if crc != zlib.crc32(data, self._file.seed) or found[:2] != (epoch, number):
+        if crc != crc32(data, self._file.seed) or found[:2] != (epoch, number):
             raise Refused("The record of unflushed writes is damaged")
         _, _, kind, index, table, before, after = found
         try:
@@ -317,7 +325,7 @@ class _RecordFile:
         self._fd = fd
         self.map = mmap.mmap(fd, _HEADER_BYTES + CAPACITY * _ENTRY_BYTES)
         self._first = _FIRST.unpack_from(self.map)
-        self.seed = zlib.crc32(self.map[: _FIRST.size])
+        self.seed = crc32(self.map[: _FIRST.size])
 
     @classmethod
     def create(cls, node: Node, number: int) -> "_RecordFile":
