@@ -54,6 +54,9 @@ crash: $(STAMP) peers ## 50,000 states in which a crash can leave an image, each
 	mkdir -p build/crash
 	PYTHONPATH=tests $(BIN)/python -m qcow2.crash_run --states 50000 --jobs $(JOBS) --folder build/crash $(CRASH_ARGS)
 
+stress: $(STAMP) peers ## a busy machine killed over and over, ten minutes; STRESS_ARGS="--minutes N --rounds N --seed N"
+	$(BIN)/python tests/stress.py $(STRESS_ARGS)
+
 bench: $(STAMP) peers ## figures beside a peer's in the same run
 	mkdir -p build/bench
 	$(BIN)/python bench/startup.py --json build/bench/startup.json
@@ -67,4 +70,4 @@ clean: ## remove what the targets made, not what they fetched
 distclean: clean ## remove what was fetched, too
 	rm -rf .cache
 
-.PHONY: help setup demo peers test hunt lint format guest wheel wheel-demo crash bench clean distclean
+.PHONY: help setup demo peers test hunt lint format guest wheel wheel-demo crash stress bench clean distclean

@@ -2,8 +2,11 @@
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -109,12 +112,11 @@ def as_nobody(*arguments: str) -> Outcome:
 
 
 @pytest.fixture
-def reachable(image: Path) -> Path:
-    """The image, in directories that everybody may pass."""
-    for directory in (image.parent, *image.parent.parents):
-        if directory.stat().st_uid == os.getuid() and directory != Path("/"):
-            directory.chmod(directory.stat().st_mode | 0o055)
-    return image
+def reachable(image: Path) -> Iterator[Path]:
+    """The image, in a directory that everybody may pass; pytest closes its own when another run of it starts."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        yield Path(shutil.copy(image, directory))
 
 
 def test_no_permission_to_read(reachable: Path) -> None:

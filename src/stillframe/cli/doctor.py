@@ -10,6 +10,7 @@ import fcntl
 import os
 import platform
 import shutil
+import stat
 import struct
 import subprocess
 import sys
@@ -215,6 +216,26 @@ def _sockets() -> Finding:
     return Finding("socket directory", "ok", directory, needs)
 
 
+def _shared_memory() -> Finding:
+    needs = "writes that a guest has not flushed, if the process that writes its image is killed"
+    directory = Path(f"/dev/shm/stillframe-{os.geteuid()}")
+    problem = ""
+    try:
+        if directory.is_symlink() or directory.exists():
+            about = directory.lstat()
+            if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o077:
+                problem = f"{directory} is not a directory of this user's alone"
+        elif not os.access("/dev/shm", os.W_OK):
+            problem = "/dev/shm cannot be written to"
+        if not problem and shutil.disk_usage("/dev/shm").free < 4 << 20:
+            problem = "/dev/shm is full"
+    except OSError as error:
+        problem = f"/dev/shm: {error.strerror}"
+    if problem:
+        return Finding("shared memory", "limited", problem, needs, "Make room in /dev/shm for this user.")
+    return Finding("shared memory", "ok", "/dev/shm", needs)
+
+
 def _memory() -> Finding:
     needs = "guests' memory, and as much again while a snapshot is loaded"
     fields = dict(
@@ -236,6 +257,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     _python,
     _engine,
     _memory,
+    _shared_memory,
     _file_system,
     _sockets,
     _userfaultfd,
