@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from block.faults import FaultyNode
 from peers import installed_versions, using
 from qcow2.images import LONG, apply, assert_only_leaks, named, take
 from qcow2.killed import (
@@ -28,6 +29,7 @@ from stillframe.block.qcow2 import Qcow2Node, create_image, mapping, unflushed
 from stillframe.block.qcow2.check import check
 from stillframe.block.qcow2.pending import Pending
 from stillframe.block.qcow2.replay import Outcome
+from stillframe.errors import IOFailed
 
 SEQUENCES = 60 if LONG else 4
 OPERATIONS = 40
@@ -141,20 +143,31 @@ def test_version_2_has_no_room_for_the_number_and_says_so(shelf: Shelf) -> None:
 
 def test_a_failed_flush_voids_what_waited_for_it(shelf: Shelf) -> None:
     """Its data may be gone: entries replayed after it would cost what was flushed before."""
-    from block.faults import FaultyNode
-
     file = IdentifiedNode(shared_image())
     faulty = FaultyNode(file, None, 5, forever=True)
     node = Qcow2Node("node", faulty)
     node.write(0, b"\x22" * 100)
     faulty.fail_at = faulty.calls
-    with pytest.raises(Exception, match="Could not flush"):
+    with pytest.raises(IOFailed, match="Could not flush"):
         node.flush()
     instant = Instant(bytes(file.data), file.inode, shelf.read(file.inode))
     with reopened(instant, shelf) as again:
         assert again.image.recovery is not None
         assert again.image.recovery.outcome is Outcome.LOST
         assert again.read(0, 4096) == b"\x11" * 4096
+
+
+def test_so_does_a_flush_that_fails_while_a_table_is_copied(shelf: Shelf) -> None:
+    file = IdentifiedNode(shared_image())
+    faulty = FaultyNode(file, None, 5)
+    node = Qcow2Node("node", faulty)
+    node.write(0, b"\x22" * 100)
+    node.snapshot_store.freeze()
+    # After the write of the new table, the data of which is that of the first write, too.
+    faulty.fail_at = faulty.calls + 1
+    with pytest.raises(IOFailed, match="Could not flush"):
+        node.write(5000, b"\x33" * 100)
+    assert outcome(Instant(bytes(file.data), file.inode, shelf.read(file.inode)), shelf) is Outcome.LOST
 
 
 def test_an_overwritten_zero_cluster_survives_a_close_without_a_flush() -> None:

@@ -188,6 +188,7 @@ class Image:
             return
         if header.version >= 3:
             self.mapping.record = Record(self.file.node, header.l2_entry_words * 8, self._announce_record)
+            self.file.on_failed_flush = self.mapping.void_record
         if header.incompatible & DIRTY:
             # Refcounts were put off by another program that did not come to catch up on them.
             from stillframe.block.qcow2.repair import repair_open

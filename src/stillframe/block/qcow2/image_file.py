@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import threading
+from collections.abc import Callable
 
 from stillframe.block.node import Node
 from stillframe.errors import IOFailed, Unsupported, io_failed
@@ -13,12 +14,14 @@ class ImageFile:
     """The file under an image: that of its tables, or that of guest data where it has one of its own.
 
     :param node: the child, open; whoever opened it closes it.
+    :ivar on_failed_flush: called when what was written before may be lost.
     """
 
     def __init__(self, node: Node) -> None:
         self.node = node
         self._growing = threading.Lock()
         self._written = node.size
+        self.on_failed_flush: Callable[[], None] | None = None
 
     @property
     def size(self) -> int:
@@ -110,4 +113,9 @@ class ImageFile:
 
     def flush(self) -> None:
         """See `Node.flush`."""
-        self.node.flush()
+        try:
+            self.node.flush()
+        except BaseException:
+            if self.on_failed_flush is not None:
+                self.on_failed_flush()
+            raise

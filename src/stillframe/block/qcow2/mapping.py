@@ -191,11 +191,7 @@ class Mapping:
         """Whether the record takes so many more entries; where it did not, the file holds everything now."""
         if self.record is None or self.record.has_room(count):
             return True
-        try:
-            self._file.flush()
-        except BaseException:
-            self.void_record()
-            raise
+        self._file.flush()
         self.write_deferred(self.deferred())
         return False
 

@@ -36,6 +36,7 @@ import mmap
 import os
 import stat
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -99,8 +100,8 @@ def digest(world: bytes) -> bytes:
 class Record:
     """The record of one image that is open for writing; made in shared memory when the first entry comes.
 
-    Every call is made with the image's lock held. Where there is no shared memory for us, the number in the header is all
-    there is: whoever opens the image after us knows then that something may be lost.
+    Every call but `void` is made with the image's lock held. Where there is no shared memory for us, the number in the header
+    is all there is: whoever opens the image after us knows then that something may be lost.
 
     :param node: the image's file.
     :param entry_bytes: of one L2 entry: 8, or 16 for an extended one.
@@ -114,6 +115,7 @@ class Record:
         self._number = int.from_bytes(os.urandom(4), "big") | 1
         self._file: _RecordFile | None = None
         self._is_tried = False
+        self._changing = threading.Lock()
         self._is_void = False
         self._count = 0
         self._epoch = 1
@@ -143,10 +145,11 @@ class Record:
             return
         self._tables.add(table)
         size = self._entry_bytes
-        for at in range(0, len(after), size):
-            self._put(_ENTRY_KIND, table, index, before[at : at + size], after[at : at + size])
-            index += 1
-        self._store_state()
+        with self._changing:
+            for at in range(0, len(after), size):
+                self._put(_ENTRY_KIND, table, index, before[at : at + size], after[at : at + size])
+                index += 1
+            self._store_state()
 
     def forget(self, table: int) -> None:
         """A cluster that the log speaks of is no table any more. There is room."""
@@ -160,19 +163,20 @@ class Record:
 
     def reset(self) -> None:
         """The file holds everything."""
-        if self._count or self._is_void:
-            self._is_void = False
-            self._count = 0
-            self._epoch = (self._epoch + 1) & 0x7FFFFFFF
-            self._tables.clear()
-            self._store_state()
+        with self._changing:
+            if self._count or self._is_void:
+                self._is_void = False
+                self._count = 0
+                self._epoch = (self._epoch + 1) & 0x7FFFFFFF
+                self._tables.clear()
+                self._store_state()
 
     def void(self) -> None:
         """A flush has failed: what waited for it cannot be replayed. Until `reset`."""
-        if self._count:
-            self._is_void = True
-            self._tables.clear()
-            self._store_state()
+        with self._changing:
+            if self._count:
+                self._is_void = True
+                self._store_state()
 
     def close(self, *, is_whole: bool) -> None:
         """The image is closed.
@@ -207,7 +211,9 @@ class Record:
         return True
 
     def _add(self, kind: Kind, table: int, after: bytes) -> None:
-        if self._file is not None and not self._is_void:
+        if self._file is None or self._is_void:
+            return
+        with self._changing:
             self._put(kind, table, 0, b"", after)
             self._store_state()
 
