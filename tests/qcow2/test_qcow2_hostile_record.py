@@ -188,6 +188,31 @@ def test_the_record_as_we_left_it_is_replayed(left: Instant, shelf: Shelf) -> No
     examine(left, Outcome.REPLAYED)
 
 
+def test_a_child_that_outlives_its_killed_parent_holds_no_record(shelf: Shelf, tmp_path: Path) -> None:
+    """As the copy of a guest's memory does, which closes its descriptors and keeps its address space."""
+    watched = Watched(shared_image(), shelf)
+    watched.node.write(0, NEW)
+    record = watched.node.image.mapping.record
+    assert record is not None
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.closerange(3, reader)
+        os.closerange(reader + 1, 4096)
+        os.read(reader, 1)
+        os._exit(0)
+    try:
+        record.close(is_whole=False)
+        instant = Instant(bytes(watched.file.data), watched.file.inode, None)
+        again = Qcow2Node("node", IdentifiedNode(instant.image, instant.inode))
+        assert again.image.recovery is not None
+        assert again.image.recovery.outcome is Outcome.REPLAYED
+        again.close()
+    finally:
+        os.close(writer)
+        os.waitpid(child, 0)
+
+
 def test_a_torn_last_entry_was_not_acknowledged(left: Instant, shelf: Shelf) -> None:
     assert left.record is not None
     shelf.write(left.inode, left.record + random.Random(1).randbytes(40))

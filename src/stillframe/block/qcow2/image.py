@@ -188,7 +188,9 @@ class Image:
             return
         if header.version >= 3:
             self.mapping.record = Record(self.file.node, header.l2_entry_words * 8, self._announce_record)
-            self.file.on_failed_flush = self.mapping.void_record
+            self.mapping.flush = self.flush_files
+            for file in (self.file, self.data):
+                file.on_failed_flush = self.mapping.void_record
         if header.incompatible & DIRTY:
             # Refcounts were put off by another program that did not come to catch up on them.
             from stillframe.block.qcow2.repair import repair_open
@@ -479,12 +481,7 @@ class Image:
     def _flush(self, deferred: Deferred, dropped: "Clusters | None") -> None:
         """Data first, then the entries that waited for it, then the refcounts; on an error what has not come about waits on."""
         try:
-            try:
-                self.flush_files()
-            except BaseException:
-                with self.gate.lock:
-                    self.mapping.void_record()
-                raise
+            self.flush_files()
             if deferred:
                 with self.gate.lock:
                     self.mapping.write_deferred(deferred)

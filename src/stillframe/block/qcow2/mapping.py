@@ -12,7 +12,7 @@ What keeps the file whole at a power cut is the order in which entries are writt
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from stillframe.block.qcow2.image_file import ImageFile
@@ -56,6 +56,7 @@ class Mapping:
         self._cached_at_most = max(2, CACHE_BYTES // header.cluster_size)
         self._deferred: Deferred = {}
         self.record: Record | None = None
+        self.flush: Callable[[], None] = file.flush
 
     def table(self, offset: int) -> bytearray:
         """The L2 table at a host offset.
@@ -191,7 +192,7 @@ class Mapping:
         """Whether the record takes so many more entries; where it did not, the file holds everything now."""
         if self.record is None or self.record.has_room(count):
             return True
-        self._file.flush()
+        self.flush()
         self.write_deferred(self.deferred())
         return False
 

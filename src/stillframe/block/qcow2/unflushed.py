@@ -54,6 +54,9 @@ CAPACITY = 1 << 15
 STALE_SECONDS = 24 * 3600
 """How long a record is kept whose image is not where it was."""
 
+_END_SECONDS = 2.0
+"""How long what is left of a killed process, as a child just forked, may take to end."""
+
 _MAGIC = b"SFUF"
 _VERSION = 1
 _HEADER_BYTES = 4096
@@ -330,6 +333,8 @@ class _RecordFile:
         self.name = name
         self._fd = fd
         self.map = mmap.mmap(fd, _HEADER_BYTES + CAPACITY * _ENTRY_BYTES)
+        # A mapping holds the lock, too, and a forked child may outlive us for a while.
+        self.map.madvise(mmap.MADV_DONTFORK)
         self._first = _FIRST.unpack_from(self.map)
         self.seed = crc32(self.map[: _FIRST.size])
 
@@ -379,11 +384,11 @@ class _RecordFile:
         """:raise Refused: as of `take`. :raise OSError: there is none."""
         name = _name(identity)
         with _directory(create=False) as directory:
-            return cls.take(os.open(name, _OPEN_FLAGS, dir_fd=directory), name)
+            return cls.take(os.open(name, _OPEN_FLAGS, dir_fd=directory), name, _END_SECONDS)
 
     @classmethod
-    def take(cls, fd: int, name: str) -> "_RecordFile":
-        """A record that is there.
+    def take(cls, fd: int, name: str, seconds: float = 0.0) -> "_RecordFile":
+        """A record that is there. :param seconds: how long to wait for whoever uses it.
 
         :raise Refused: it is somebody else's, in use, or none. :raise OSError: as from the host.
         """
@@ -393,10 +398,8 @@ class _RecordFile:
                 raise Refused("The record of unflushed writes is not ours alone")
             if about.st_size != _HEADER_BYTES + CAPACITY * _ENTRY_BYTES:
                 raise Refused("The record of unflushed writes has another size")
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise Refused("The record of unflushed writes is in use by another process") from error
+            if not _lock(fd, seconds):
+                raise Refused("The record of unflushed writes is in use by another process")
             file = cls(fd, name)
         except BaseException:
             os.close(fd)
@@ -459,6 +462,19 @@ def _directory_path() -> str:
 
 def _name(identity: FileIdentity) -> str:
     return f"{identity.device:x}-{identity.inode:x}.unflushed"
+
+
+def _lock(fd: int, seconds: float) -> bool:
+    """Lock a record, and wait so long for that: whether it is ours."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.01)
 
 
 def _boot_id() -> bytes:
