@@ -13,6 +13,7 @@ from stillframe.block.file import FileNode
 from stillframe.block.graph import BlockGraph
 from stillframe.block.node import Node
 from stillframe.block.opening import MAX_CHAIN
+from stillframe.block.options import parse_options
 from stillframe.block.qcow2 import create_image
 from stillframe.errors import InUse, InvalidRequest, StillframeError, Unsupported
 
@@ -196,6 +197,18 @@ def test_chains_have_a_bound(graph: BlockGraph, tmp_path: Path) -> None:
         "json:" + "[" * 900,
         "nbd://example.org/disk",
         "fat:rw:/etc",
+        "http://127.0.0.1:1/disk",
+        "ssh://127.0.0.1/disk",
+        'json:{"driver": "http", "url": "http://127.0.0.1:1/"}',
+        'json:{"driver": "null-co", "latency-ns": 9000000000000000000}',
+        'json:{"driver": "raw", "file": {"driver": "null-co", "latency-ns": 1}}',
+        'json:{"driver": "file", "filename": "a\\u0000b"}',
+        'json:{"driver": "file", "filename": "\\ud800"}',
+        'json:{"driver": "raw", "file": ' + '{"driver": "raw", "file": ' * 33,
+        '{"driver": "qcow2", "file": {"driver": "file", "filename": "/etc/passwd"}}',
+        "json:{" + '"a":' + "9" * 900 + "}",
+        "a" * 1023,
+        "line\nbreak\x1b[31m",
         "",
     ],
 )
@@ -207,7 +220,7 @@ def test_what_an_image_names_is_opened_only_if_it_is_a_plain_image(
     if not name:
         assert top(graph, path).read(0, 1) == b"\0"
         return
-    with pytest.raises((InvalidRequest, Unsupported), match=r"^Could not open backing file: "):
+    with pytest.raises(StillframeError, match=r"^Could not open backing file: "):
         top(graph, path)
     assert [node.node_name for node in graph.nodes()] == ["secret-node"]
 
@@ -217,3 +230,50 @@ def test_a_backing_name_cannot_reach_a_device_or_a_directory(graph: BlockGraph, 
         path = overlay(tmp_path / f"top{name.count('/')}{len(name)}.qcow2", name, "raw")
         with pytest.raises(InvalidRequest, match=r"^Could not open backing file: "):
             top(graph, path)
+
+
+def test_an_image_may_not_name_an_image_inside_an_image(graph: BlockGraph, tmp_path: Path) -> None:
+    """Both would name a backing file of their own, so that the files to open double with every step of a chain."""
+    inside = {"driver": "qcow2", "file": {"driver": "file", "filename": str(tmp_path / "base.qcow2")}}
+    qemu_img("create", "-q", "-f", "qcow2", str(tmp_path / "base.qcow2"), "1M")
+    for words in (
+        {"driver": "qcow2", "file": inside},
+        {"driver": "qcow2", "file": {"driver": "raw", "file": inside}},
+    ):
+        path = tmp_path / f"{len(json.dumps(words))}.qcow2"
+        overlay(path, "json:" + json.dumps(words), None)
+        with pytest.raises(Unsupported, match="may not name a qcow2 image inside another"):
+            top(graph, path)
+    assert graph.nodes() == ()
+
+
+def test_an_image_has_no_say_over_locks(graph: BlockGraph, tmp_path: Path) -> None:
+    base = tmp_path / "base.raw"
+    base.write_bytes(b"below" + bytes(1019))
+    words = {
+        "driver": "raw",
+        "force-share": True,
+        "file": {"driver": "file", "filename": str(base), "locking": "off", "force-share": True},
+    }
+    top(graph, overlay(tmp_path / "top.qcow2", "json:" + json.dumps(words), None))
+    with pytest.raises(InUse, match='Failed to get "write" lock'):
+        FileNode("other", str(base))
+
+
+def test_the_longest_chain_reads_to_its_bottom(graph: BlockGraph, tmp_path: Path) -> None:
+    for number in range(MAX_CHAIN):
+        overlay(
+            tmp_path / str(number), str(number + 1), "qcow2" if number < MAX_CHAIN - 1 else "raw", size=512
+        )
+    (tmp_path / str(MAX_CHAIN)).write_bytes(b"bottom".ljust(512, b"!"))
+    node = top(graph, tmp_path / "0")
+    assert node.read(0, 6) == b"bottom"
+    assert [each.depth for each in node.extents(0, 512)] == [MAX_CHAIN]
+    node.write(0, b"x")
+    assert node.read(0, 6) == b"xottom"
+    assert node.info().backing_filename == "1"
+
+
+def test_a_number_too_long_for_python_is_a_mistake_in_json_like_any_other() -> None:
+    with pytest.raises(InvalidRequest, match="JSON parse error, a number is too long"):
+        parse_options('{"driver": ' + "9" * 5000 + "}")

@@ -442,7 +442,8 @@ def same_file(first: str, second: str) -> bool:
     """Whether two paths lead to one existing file or device."""
     try:
         return os.path.samefile(first, second)
-    except OSError:
+    except (OSError, ValueError):
+        # ValueError: a name that no file can have.
         return False
 
 

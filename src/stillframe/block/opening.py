@@ -342,7 +342,7 @@ def backing_options(image: str, name: str, kind: str | None) -> NodeOptions:
     """
     if name.startswith("json:"):
         options = read_options(parse_json_options(name.removeprefix("json:")))
-        _refuse_references(options)
+        _refuse_what_only_users_may_ask(options)
         options = _read_only(options)
     else:
         path = name.removeprefix("file:")
@@ -357,10 +357,17 @@ def backing_options(image: str, name: str, kind: str | None) -> NodeOptions:
     return NodeOptions(kind, children={"file": options})
 
 
-def _refuse_references(options: NodeOptions) -> None:
+def _refuse_what_only_users_may_ask(options: NodeOptions) -> None:
     for each in _tree(options):
         if any(isinstance(child, str) for child in each.children.values()):
             raise Unsupported("An image may not name a node of the machine as its backing file")
+        if each.settings.get("latency-ns"):
+            raise Unsupported("An image may not slow its backing file down (latency-ns)")
+        file = each.children.get("file")
+        inside = _tree(file) if each.driver == "qcow2" and isinstance(file, NodeOptions) else ()
+        # Each of two would name a backing file: branches double with every image of a chain.
+        if any(below.driver == "qcow2" for below in inside):
+            raise Unsupported("An image may not name a qcow2 image inside another as its backing file")
 
 
 def _tree(options: NodeOptions) -> Iterator[NodeOptions]:
@@ -376,7 +383,9 @@ def _read_only(options: NodeOptions) -> NodeOptions:
         for role, child in options.children.items()
     }
     settings = {name: value for name, value in options.settings.items() if name != "locking"}
-    return replace(options, node_name=None, read_only=True, settings=settings, children=children)
+    return replace(
+        options, node_name=None, read_only=True, force_share=None, settings=settings, children=children
+    )
 
 
 def _node_of(entry: Entry) -> Node:

@@ -64,6 +64,9 @@ def parse_json_options(text: str) -> dict[str, Any]:
         raise InvalidRequest("JSON nesting depth limit exceeded") from error
     except json.JSONDecodeError as error:
         raise InvalidRequest(f"JSON parse error, {error.msg} at character {error.pos}") from error
+    except ValueError as error:
+        # Python's bound on the digits of a number.
+        raise InvalidRequest("JSON parse error, a number is too long") from error
     if not isinstance(value, dict):
         raise InvalidRequest("JSON parse error, expecting an object")
     return value

@@ -39,8 +39,12 @@ def bitmap_ranges(image: Image) -> Iterator[tuple[int, int]]:
     if count > _MAX_BITMAPS or length > _MAX_DIRECTORY_BYTES or offset + length > image.file.size:
         raise ImageCorrupt("bitmaps_ext: the bitmap directory is out of bounds")
     yield offset, length
+    import numpy as np
+
     directory = image.file.read(offset, length)
     at = 0
+    # More than the file holds can only be the same bytes named again and again.
+    table_bytes_left, clusters_left = image.file.size, image.header.clusters_for(image.file.size)
     for _ in range(count):
         if at + _ENTRY.size > length:
             raise ImageCorrupt("The bitmap directory ends too early")
@@ -48,10 +52,17 @@ def bitmap_ranges(image: Image) -> Iterator[tuple[int, int]]:
         at += -(-(_ENTRY.size + extra + name) // 8) * 8
         if entries * 8 > _MAX_TABLE_BYTES or table + entries * 8 > image.file.size:
             raise ImageCorrupt("A bitmap's table is out of bounds")
+        table_bytes_left -= entries * 8
+        if table_bytes_left < 0:
+            raise ImageCorrupt("The tables of the bitmaps overlap")
         yield table, entries * 8
-        for (word,) in struct.iter_unpack(">Q", image.file.read(table, entries * 8)):
-            if word & OFFSET_MASK:
-                yield word & OFFSET_MASK, image.cluster_size
+        words = np.frombuffer(image.file.read(table, entries * 8), ">u8") & np.uint64(OFFSET_MASK)
+        hosts = words[words != 0].tolist()
+        clusters_left -= len(hosts)
+        if clusters_left < 0:
+            raise ImageCorrupt("The clusters of the bitmaps overlap")
+        for host in hosts:
+            yield host, image.cluster_size
 
 
 def _entries(image: Image) -> Iterator[tuple[int, int, int, str]]:
@@ -84,6 +95,15 @@ def bitmaps_json(image: Image) -> list[dict[str, object]]:
     ]
 
 
+def _refuse_on_metadata(image: Image) -> None:
+    """:raise ImageCorrupt: the directory lies where other metadata does, and may not be written."""
+    offset, length = next(bitmap_ranges(image), (0, 0))
+    first = offset >> image.header.cluster_bits
+    count = (offset + length - 1 >> image.header.cluster_bits) + 1 - first
+    if length and image.metadata.overlap(first, count) is not None:
+        raise ImageCorrupt("bitmaps_ext: the bitmap directory overlaps with other metadata")
+
+
 def mark_in_use(image: Image) -> None:
     """Say, durably, that no bitmap is to be relied on. Lock held.
 
@@ -92,6 +112,7 @@ def mark_in_use(image: Image) -> None:
     :raise IOFailed: it may not be said.
     """
     try:
+        _refuse_on_metadata(image)
         for at, flags, _granularity, _name in _entries(image):
             if not flags & _IN_USE:
                 image.file.write(at + _FLAGS_AT, struct.pack(">I", flags | _IN_USE))

@@ -37,7 +37,7 @@ from stillframe.block.qcow2.mapping import (
     l1_entry,
 )
 from stillframe.block.qcow2.marks import Mark
-from stillframe.block.qcow2.metadata import ACTIVE_L2, find_metadata
+from stillframe.block.qcow2.metadata import ACTIVE_L2, Metadata
 from stillframe.block.qcow2.reading import RunReader
 from stillframe.block.qcow2.snapshot_table import SnapshotEntry, parse_table
 from stillframe.block.qcow2.wholly import wholly
@@ -113,7 +113,7 @@ class Image:
         self.has_bitmaps = False
         self.has_current_bitmaps = False
         self._refcounts: Refcounts | None = None
-        self._metadata: dict[int, str] | None = None
+        self._metadata: Metadata | None = None
         self.recovery: Recovery | None = None
         if header.extension(EXTENSION_BITMAPS) and header.autoclear & BITMAPS_CONSISTENT:
             self.has_bitmaps = self.has_current_bitmaps = True
@@ -271,7 +271,7 @@ class Image:
         before, was_barred = (self.sector.mark, self.sector.is_barred) if mark else (None, False)
         try:
             self._write_world(new, mark, barred)
-            self.world = new
+            self.world, self._metadata = new, None
         except BaseException:
             self.restore_world(old, before, barred=was_barred)
             raise
@@ -337,22 +337,20 @@ class Image:
 
     def metadata_at(self, cluster: int) -> str | None:
         """What metadata lies in a cluster, as "active L2 table"; None for data and for nothing. Lock held."""
-        return self._metadata_clusters().get(cluster)
+        return self.metadata.what(cluster)
 
     def refuse_overlap(self, first: int, count: int) -> None:
-        """Before clusters are overwritten in place with data. Lock held.
+        """Before clusters are overwritten with anything but the metadata that they hold. Lock held.
 
         :raise ImageCorrupt: there is metadata; the image is marked, and takes no more writes.
         """
-        metadata = self._metadata_clusters()
-        if metadata.keys().isdisjoint(range(first, first + count)):
-            return
-        cluster = next(c for c in range(first, first + count) if c in metadata)
-        self._mark_corrupt(f"Preventing invalid write on metadata (overlaps with {metadata[cluster]})")
+        what = self.metadata.overlap(first, count)
+        if what is not None:
+            self._mark_corrupt(f"Preventing invalid write on metadata (overlaps with {what})")
 
     def refuse_foreign_table(self, offset: int) -> None:
         """Before an active L2 table is written in place. Lock held. :raise ImageCorrupt: it is none, or two."""
-        what = self._metadata_clusters().get(offset >> self.header.cluster_bits)
+        what = self.metadata.what(offset >> self.header.cluster_bits)
         if what != ACTIVE_L2:
             self._mark_corrupt(f"Preventing invalid write on metadata (overlaps with {what})")
 
@@ -364,7 +362,7 @@ class Image:
     def note_metadata(self, cluster: int, what: str) -> None:
         """A cluster became metadata. Lock held."""
         if self._metadata is not None:
-            self._metadata[cluster] = what
+            self._metadata.note(cluster, what)
 
     def note_table(self, offset: int) -> None:
         """A cluster became an active L2 table. Lock held."""
@@ -374,11 +372,13 @@ class Image:
         """A cluster became free. Lock held."""
         self.mapping.forget(cluster << self.header.cluster_bits)
         if self._metadata is not None:
-            self._metadata.pop(cluster, None)
+            self._metadata.forget(cluster)
 
-    def _metadata_clusters(self) -> dict[int, str]:
+    @property
+    def metadata(self) -> Metadata:
+        """Where the metadata of the world in force lies. Lock held."""
         if self._metadata is None:
-            self._metadata = find_metadata(self.world, self.file.size)
+            self._metadata = Metadata(self.world)
         return self._metadata
 
     def _mark_corrupt(self, why: str) -> None:
@@ -436,8 +436,7 @@ class Image:
         clusters = list(clusters)
         if self._metadata is not None:
             for cluster in clusters:
-                if self._metadata.get(cluster) == ACTIVE_L2:
-                    del self._metadata[cluster]
+                self._metadata.forget(cluster, ACTIVE_L2)
         self.refcounts.drop(clusters)
 
     # Reading.

@@ -11,6 +11,7 @@ What keeps the file whole at a power cut is the order in which entries are writt
             told every further change, before the file.
 """
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -27,6 +28,8 @@ CACHE_BYTES = 32 << 20
 """Bytes of L2 tables kept; of the largest clusters at least two tables."""
 
 UNALLOCATED, ZEROES, DATA, PACKED = range(4)
+
+_NOT_ZERO = re.compile(rb"[^\0]")
 
 Deferred = dict[int, dict[int, int]]
 """Entries by table offset and index."""
@@ -282,6 +285,14 @@ class Mapping:
 def l1_entry(l1: bytes | bytearray, index: int) -> int:
     """An entry of an L1 table as a number; 0 beyond its end."""
     return int.from_bytes(l1[index * 8 : index * 8 + 8], "big")
+
+
+def empty_entries(l1: bytes | bytearray, index: int) -> int:
+    """How many entries from this one on lead to no L2 table, so that a disk of exbibytes is empty in one step."""
+    if l1_entry(l1, index) & OFFSET_MASK:
+        return 0
+    used = _NOT_ZERO.search(l1, (index + 1) * 8)
+    return (used.start() // 8 if used else max(index + 1, len(l1) // 8)) - index
 
 
 def _extend(found: list[Run], kind: int, length: int, host: int) -> None:

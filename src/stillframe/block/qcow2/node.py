@@ -11,7 +11,7 @@ from stillframe.block.qcow2.layout import (
     EXTENSION_DATA_FILE,
     LAZY_REFCOUNTS,
 )
-from stillframe.block.qcow2.mapping import DATA, PACKED, ZEROES
+from stillframe.block.qcow2.mapping import DATA, PACKED, ZEROES, empty_entries
 from stillframe.block.qcow2.snapshots import Snapshots
 from stillframe.errors import InvalidRequest, Refused
 
@@ -171,7 +171,10 @@ class Qcow2Node(Node):
         held: Extent | None = None
         while offset < end:
             part = min(end - offset, _LOOKED_UP_AT_ONCE)
-            for extent in self._looked_up(l1, offset, part):
+            empty = min(end - offset, self._empty_from(l1, offset))
+            found = self._below(offset, empty) if empty > part else self._looked_up(l1, offset, part)
+            part = max(part, empty)
+            for extent in found:
                 if held is not None and _follows(held, extent):
                     held = _joined(held, extent)
                     continue
@@ -181,6 +184,14 @@ class Qcow2Node(Node):
             offset += part
         if held is not None:
             yield held
+
+    def _empty_from(self, l1: bytes | bytearray | None, offset: int) -> int:
+        """How many bytes from `offset` on have no L2 table at all."""
+        image = self._image
+        span = image.header.l2_span
+        index = offset // span
+        with image.gate.lock:
+            return max(0, (index + empty_entries(image.world.l1 if l1 is None else l1, index)) * span - offset)
 
     def _looked_up(self, l1: bytes | bytearray | None, offset: int, length: int) -> Iterator[Extent]:
         image = self._image

@@ -171,6 +171,8 @@ class Refcounts:
                         break
                     run_first, run = at + int(used[-1]) + 1, int(lengths[-1])
             at += self._per_block - within
+        # A refcount of zero proves nothing in an image that was damaged, or made to do damage.
+        self._image.refuse_overlap(run_first, min(run, wanted))
         return run_first, min(run, wanted)
 
     def _free_in(self, index: int) -> npt.NDArray[np.bool_] | None:
