@@ -63,6 +63,14 @@ bench: $(STAMP) peers ## figures beside a peer's in the same run
 	$(BIN)/python bench/qcow2.py --json build/bench/qcow2.json
 	$(BIN)/python bench/engine.py --json build/bench/engine.json $(BENCH_ARGS)
 
+FUZZ_SECONDS ?= 600
+FUZZ_TARGETS ?= look check write repair stream lineage names monitor
+
+.PHONY: fuzz
+fuzz: $(STAMP) ## atheris on everything that reads what others wrote, FUZZ_SECONDS for each of FUZZ_TARGETS
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	for target in $(FUZZ_TARGETS); do $(BIN)/python tests/fuzzing/run.py $$target --seconds $(FUZZ_SECONDS) || exit 1; done
+
 clean: ## remove what the targets made, not what they fetched
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
