@@ -314,6 +314,23 @@ def test_a_data_file_is_a_plain_file_and_not_the_image(name: str, tmp_path: Path
     assert path.read_bytes() == before
 
 
+def test_beside_the_image_neither_hidden_files_nor_other_disks_are_written(tmp_path: Path) -> None:
+    """An image put into a home directory, or among other machines' disks."""
+    (tmp_path / ".profile").write_bytes(bytes(65536))
+    (tmp_path / ".config").mkdir()
+    (tmp_path / ".config" / "start").write_bytes(bytes(65536))
+    create_qcow2(str(tmp_path / "other.qcow2"), 65536)
+    (tmp_path / "visible").symlink_to(".profile")
+    for number, name in enumerate((".profile", ".config/start", "visible", "other.qcow2", "a\0b")):
+        path = naming(tmp_path / f"{number}.qcow2", name)
+        with pytest.raises(Refused), opened(path):
+            pass
+    asked = {"data-file": {"driver": "file", "filename": str(tmp_path / ".profile")}}
+    with opened(tmp_path / "0.qcow2", **asked) as node:
+        node.write(0, b"asked for")
+    assert (tmp_path / ".profile").read_bytes()[:9] == b"asked for"
+
+
 def test_the_option_and_the_header_must_agree(tmp_path: Path) -> None:
     create_qcow2(str(tmp_path / "plain.qcow2"), 65536)
     (tmp_path / "data").write_bytes(bytes(65536))

@@ -250,6 +250,12 @@ def _open_data_file(
             )
         options = data_file_options(bottom.filename if bottom else "", named.data_file, settled.read_only)
         data = _open(structure, options, below, owned=False, above=above)
+        if not settled.read_only and probe_format(_node_of(data)) == "qcow2":
+            structure.drop(data)
+            raise Refused(
+                f"The image names '{named.data_file}' as its data file, which is a disk image of its own",
+                remedy="If it is the right one all the same, name it by the option data-file.",
+            )
     structure.connect(Edge(data, "data-file", parent=entry))
     return _node_of(data)
 
@@ -267,12 +273,16 @@ def data_file_options(image: str, name: str, read_only: bool) -> NodeOptions:
             remedy="Name the data file by the option data-file.",
         )
     path = full_backing_name(image, name.removeprefix("file:"))
+    if "\0" in path:
+        raise InvalidRequest(f"The image names {path!r} as its data file, which no file can be called")
     if not read_only:
         home = os.path.realpath(os.path.dirname(image) or ".")
         real = os.path.realpath(path)
-        if os.path.commonpath((home, real)) != home or (os.path.exists(real) and not os.path.isfile(real)):
+        is_elsewhere = os.path.commonpath((home, real)) != home
+        is_hidden = any(part.startswith(".") for part in os.path.relpath(real, home).split(os.sep))
+        if is_elsewhere or is_hidden or (os.path.exists(real) and not os.path.isfile(real)):
             raise Refused(
-                f"The image names '{path}' as its data file, which is no file in the image's own directory",
+                f"The image names '{path}' as its data file, which is no file in the image's own directory, or hidden there",
                 remedy="If it is the right one, name it by the option data-file.",
             )
     return NodeOptions("file", settings={"filename": path})
