@@ -191,7 +191,9 @@ class Qcow2Node(Node):
         span = image.header.l2_span
         index = offset // span
         with image.gate.lock:
-            return max(0, (index + empty_entries(image.world.l1 if l1 is None else l1, index)) * span - offset)
+            return max(
+                0, (index + empty_entries(image.world.l1 if l1 is None else l1, index)) * span - offset
+            )
 
     def _looked_up(self, l1: bytes | bytearray | None, offset: int, length: int) -> Iterator[Extent]:
         image = self._image
