@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from peers import installed_versions, peer, using
 from qcow2.images import LONG, as_raw, assert_clean, assert_only_leaks, named, qemu_img, qemu_io
-from qcow2.recipes import LARGEST_DISK, Recipe, recipes
+from qcow2.recipes import LARGEST_DISK, Recipe, patchy, recipes
 from stillframe.block.graph import BlockGraph
 from stillframe.block.node import SnapshotRecord
 from stillframe.errors import LimitReached, Unsupported
@@ -81,6 +81,16 @@ class Sequences(RuleBasedStateMachine):
         )
         self.node.write(start, content)
         self.disk[start : start + length] = content
+
+    @precondition(lambda self: not self.recipe.data_file)
+    @rule(data=st.data(), seed=st.integers(0, 1000))
+    def pack(self, data: st.DataObject, seed: int) -> None:
+        start, length = self._range(data)
+        start, end = start // self.cluster * self.cluster, -(-(start + length) // self.cluster) * self.cluster
+        end = min(end, len(self.disk))
+        content = patchy(seed, end - start, bytes(end - start))
+        self.node.write_compressed(start, content)
+        self.disk[start:end] = content
 
     @rule(data=st.data(), unmap=st.booleans())
     def zero(self, data: st.DataObject, unmap: bool) -> None:
