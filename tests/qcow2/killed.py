@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from block.faults import ForwardingNode
+from block.faults import ForwardingNode, Punch, Step, Truncate, Write
+from block.faults import apply as apply_step
 from qcow2.images import take
 from qcow2.memory import MemoryNode
 from stillframe.block.node import FileIdentity
@@ -90,27 +91,41 @@ class Shelf:
 class Watched:
     """An image in memory that can be killed at every change of its file, and at every acknowledgement.
 
-    :ivar instants: all of them, with a number that `mark` had set before.
     :ivar during_flush: what another of the guest's requests does while the file's next flush is under way.
     """
 
     def __init__(self, image: bytes, shelf: Shelf, inode: int | None = None) -> None:
         self.shelf = shelf
         self.file = IdentifiedNode(image, inode)
-        self.instants: list[tuple[int, Instant]] = []
         self.during_flush: Callable[[], None] | None = None
         self.number = 0
+        self._start = bytes(image)
+        self._log: list[tuple[int, Step | None, bytes | None]] = []
         self.node = Qcow2Node("node", _WatchedNode(self.file, self))
 
     def mark(self) -> None:
         """Something begins or was acknowledged."""
         self.number += 1
-        self.note()
+        self.note(None)
 
-    def note(self) -> None:
-        self.instants.append(
-            (self.number, Instant(bytes(self.file.data), self.file.inode, self.shelf.read(self.file.inode)))
-        )
+    def note(self, step: Step | None) -> None:
+        """What was done to the file last."""
+        self._log.append((self.number, step, self.shelf.read(self.file.inode)))
+
+    def now(self) -> Instant:
+        """The present one."""
+        return Instant(bytes(self.file.data), self.file.inode, self.shelf.read(self.file.inode))
+
+    def instants(
+        self, chosen: Callable[[int, int], bool] = lambda place, number: True
+    ) -> Iterator[tuple[int, Instant]]:
+        """Those chosen by their place and number, with the number that `mark` had set before."""
+        state = bytearray(self._start)
+        for place, (number, step, record) in enumerate(self._log):
+            if step is not None:
+                apply_step(state, step)
+            if chosen(place, number):
+                yield number, Instant(bytes(state), self.file.inode, record)
 
 
 class _WatchedNode(ForwardingNode):
@@ -120,15 +135,15 @@ class _WatchedNode(ForwardingNode):
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         super().write(offset, data)
-        self._watched.note()
+        self._watched.note(Write(offset, bytes(data)))
 
     def discard(self, offset: int, length: int) -> None:
         super().discard(offset, length)
-        self._watched.note()
+        self._watched.note(Punch(offset, length))
 
     def truncate(self, size: int) -> None:
         super().truncate(size)
-        self._watched.note()
+        self._watched.note(Truncate(size))
 
     def flush(self) -> None:
         super().flush()
@@ -152,4 +167,4 @@ def killed_while_reopening(instant: Instant, shelf: Shelf) -> Iterator[Instant]:
     """Who comes next is killed as well, after each change of the file that the opening makes."""
     shelf.write(instant.inode, instant.record)
     watched = Watched(instant.image, shelf, instant.inode)
-    yield from (each for _, each in watched.instants)
+    yield from (each for _, each in watched.instants())

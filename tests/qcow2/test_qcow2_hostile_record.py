@@ -30,7 +30,7 @@ def left(shelf: Shelf) -> Instant:
     for cluster in range(8):
         watched.node.write(cluster * 4096, NEW)
     watched.mark()
-    return watched.instants[-1][1]
+    return watched.now()
 
 
 def examine(instant: Instant, expected: Outcome) -> None:

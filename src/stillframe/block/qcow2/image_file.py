@@ -58,7 +58,12 @@ class ImageFile:
     def write_durable(self, offset: int, data: "bytes | bytearray | memoryview") -> None:
         """`write`, durable at its return whatever was written before; see `Node.write_durable`."""
         self._grow_to(offset + len(data))
-        self.node.write_durable(offset, data)
+        try:
+            self.node.write_durable(offset, data)
+        except BaseException:
+            if self.on_failed_flush is not None:
+                self.on_failed_flush()
+            raise
 
     def grow_durably(self, size: int, *, ahead: int) -> None:
         """Make the file at least this large, durably, for what is to be written later.
