@@ -6,6 +6,7 @@ anything of ours has touched the state; and the image can be used as ever.
 """
 
 from collections.abc import Sequence
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
@@ -16,10 +17,8 @@ from qcow2.crash_states import Files, State, states
 from qcow2.images import as_raw, assert_only_leaks, delete, qemu_img, take
 from qcow2.memory import MemoryNode
 from qcow2.operations import OPERATIONS
-from qcow2.scenes import Options, content_of
+from qcow2.scenes import DATA_FILE, Options, content_of, open_image
 from qcow2.worlds import Content, MayHold, Witness, allowed
-from stillframe.block.node import Node
-from stillframe.block.qcow2 import Qcow2Node
 from stillframe.block.qcow2.check import check
 from stillframe.block.qcow2.layout import DIRTY
 from stillframe.block.qcow2.repair import repair
@@ -50,20 +49,15 @@ class Tally:
         return self.process_deaths + self.power_losses
 
 
-def open_image(files: Sequence[Node], *, read_only: bool = False) -> list[Qcow2Node]:
-    """The nodes of a scene of one image."""
-    return [Qcow2Node("node", files[0], read_only=read_only)]
-
-
 def record(name: str, options: Options) -> tuple[Files, list[Step]]:
     """The files before an operation, and all that is done to them up to its end."""
     operation = OPERATIONS[name]
     start = operation.scene(options)
     log = Log()
-    file = RecordingNode(MemoryNode(start.image), log)
+    files = [RecordingNode(MemoryNode(each), log, number) for number, each in enumerate(start.files)]
     with options.in_force():
-        operation.work(Witness([file], log, [start.content], open_image))
-    return (start.image,), log.steps
+        operation.work(Witness(files, log, [start.content], open_image))
+    return start.files, log.steps
 
 
 def examine(
@@ -83,6 +77,12 @@ def examine(
             if found is None:
                 found = looked[state.digest] = _look(state, tally, folder, shown)
             may_hold: MayHold = state.may_hold  # type: ignore[assignment]
+            if options.data_file == "raw":
+                # What was cut off may still be behind the disk's end.
+                disks = [world[0].disk for world in may_hold]
+                assert any(each.may_read(state.files[1][: len(each.flushed)]) for each in disks), (
+                    "the raw file is no disk"
+                )
             assert allowed(may_hold, found), f"no world that may be found: {_differences(may_hold, found)}"
         except BaseException as error:
             place = folder / f"{tally.name.replace(' ', '-')}.qcow2"
@@ -98,45 +98,54 @@ def _look(state: State, tally: Tally, folder: Path, shown: int) -> Sequence[Cont
         tally.power_losses += 1
     else:
         tally.process_deaths += 1
-    image = state.files[0]
-    is_dirty = int.from_bytes(image[72:80], "big") & DIRTY and image[7] >= 3
-    found = [content_of(each) for each in open_image([MemoryNode(image, read_only=True)], read_only=True)]
+    files = state.files
+    is_dirty = int.from_bytes(files[0][72:80], "big") & DIRTY and files[0][7] >= 3
+    found = contents(files)
     if is_dirty:
         # Refcounts are not to be believed until they have been rebuilt, which the open for writing does.
-        image = opened_and_closed(image)
-        assert [content_of(open_image([MemoryNode(image)])[0])] == found
-    result = check(MemoryNode(image, read_only=True))
+        files = opened_and_closed(files)
+        assert contents(files) == found
+    result = check(MemoryNode(files[0], read_only=True))
     assert result.corruptions == 0, result.messages
     if tally.states % shown == 0 and not is_dirty:
         tally.shown += 1
-        show(image, found[0], folder / "shown.qcow2", tally.shown)
+        show(files, found[0], folder / "shown.qcow2", tally.shown)
     if result.leaks:
         tally.leaked += 1
-        file = MemoryNode(image)
+        file = MemoryNode(files[0])
         again = repair(file, "leaks")
         assert (again.leaks, again.corruptions, again.leaks_fixed) == (0, 0, result.leaks)
-        image = bytes(file.data)
-        result = check(MemoryNode(image, read_only=True))
+        files = (bytes(file.data), *files[1:])
+        result = check(MemoryNode(files[0], read_only=True))
         assert (result.leaks, result.corruptions) == (0, 0)
-        assert [content_of(open_image([MemoryNode(image, read_only=True)], read_only=True)[0])] == found
+        assert contents(files) == found
     if tally.states % USED_EVERY == 0:
         tally.used += 1
-        use(state.files[0], found[0])
+        use(state.files, found[0])
     return found
 
 
-def opened_and_closed(image: bytes) -> bytes:
+def contents(files: Files) -> list[Content]:
+    """What the image in these files holds."""
+    nodes = open_image([MemoryNode(each, read_only=True) for each in files], read_only=True)
+    return [content_of(node) for node in nodes]
+
+
+def opened_and_closed(before: Files) -> Files:
     """What becomes of an image that is opened for writing and closed."""
-    file = MemoryNode(image)
-    open_image([file])[0].close()
-    return bytes(file.data)
+    files = [MemoryNode(each) for each in before]
+    open_image(files)[0].close()
+    return tuple(bytes(file.data) for file in files)
 
 
-def show(image: bytes, found: Content, path: Path, number: int) -> None:
+def show(files: Files, found: Content, path: Path, number: int) -> None:
     """QEMU opens the state as the crash left it, finds no corruption, and reads what we read."""
-    path.write_bytes(image)
+    path.write_bytes(files[0])
+    for each in files[1:]:
+        path.with_name(DATA_FILE).write_bytes(each)
     peers = installed_versions()
-    with using(peers[number % len(peers)]):
+    # A data file's name is looked up where the program runs.
+    with using(peers[number % len(peers)]), chdir(path.parent):
         assert_only_leaks(path)
         if number % 4 == 0:
             assert as_raw(path) == found.disk
@@ -147,13 +156,13 @@ def show(image: bytes, found: Content, path: Path, number: int) -> None:
                 assert as_raw(path, "-l", name)[: len(disk)] == disk[: len(found.disk)]
 
 
-def use(image: bytes, found: Content) -> None:
+def use(before: Files, found: Content) -> None:
     """The image serves as if nothing had happened, and what it held stays as it was."""
-    file = MemoryNode(image)
-    node = open_image([file])[0]
+    files = [MemoryNode(each) for each in before]
+    (node,) = open_image(files)
     node.write(100, b"\xee" * 1000)
     node.flush()
-    if node.image.header.refcount_bits > 1:
+    if node.image.header.refcount_bits > 1 and len(files) == 1:
         take(node, "after", b"state")
         node.write(100, b"\xef" * 1000)
         for name in found.snapshots:
@@ -161,9 +170,9 @@ def use(image: bytes, found: Content) -> None:
             delete(node, name)
             break
     node.close()
-    result = check(MemoryNode(file.data, read_only=True))
+    result = check(MemoryNode(files[0].data, read_only=True))
     assert result.corruptions == 0, result.messages
-    content = content_of(open_image([MemoryNode(file.data, read_only=True)], read_only=True)[0])
+    (content,) = contents(tuple(bytes(file.data) for file in files))
     assert content.disk[:100] + content.disk[1100:] == found.disk[:100] + found.disk[1100:]
     for name, snapshot in content.snapshots.items():
         assert name == "after" or snapshot == found.snapshots[name]

@@ -307,7 +307,9 @@ _NOT_OF_VERSION_2 = frozenset(
         "open with foreign bits",
     }
 )
-_OF_NARROW_REFCOUNTS = ("allocate in a plain image", "discard in a plain image", "grow", "shrink")
+_WITHOUT_SNAPSHOTS = ("allocate in a plain image", "discard in a plain image", "grow", "shrink")
+
+_DATA_FILES = ((512, "own"), (4096, "raw"), (65536, "own"))
 
 
 def _cases() -> list[tuple[str, Options]]:
@@ -319,7 +321,10 @@ def _cases() -> list[tuple[str, Options]]:
         for name in ("allocate", "overwrite", "create", "revert", "delete")
     ]
     cases += [(name, Options(4096, 16, "0.10")) for name in OPERATIONS if name not in _NOT_OF_VERSION_2]
-    cases += [(name, Options(512, 1)) for name in _OF_NARROW_REFCOUNTS]
+    cases += [(name, Options(512, 1)) for name in _WITHOUT_SNAPSHOTS]
+    cases += [
+        (name, Options(size, data_file=kind)) for name in _WITHOUT_SNAPSHOTS for size, kind in _DATA_FILES
+    ]
     return cases
 
 

@@ -11,7 +11,7 @@ foreign      autoclear bits are set that are not known here
 
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -19,9 +19,13 @@ from functools import cache
 from qcow2.images import take
 from qcow2.memory import MemoryNode
 from qcow2.worlds import Content
+from stillframe.block.node import Node
 from stillframe.block.qcow2 import Qcow2Node, create_image, refcounts
 from stillframe.block.qcow2.layout import COMPRESSED, DIRTY, OFFSET_MASK
 from stillframe.block.qcow2.mapping import l1_entry
+
+DATA_FILE = "disk.data"
+"""The name of a data file, as its image records it."""
 
 STATE = bytes(range(256)) * 300
 
@@ -30,6 +34,7 @@ STATE = bytes(range(256)) * 300
 class Options:
     """How an image is made.
 
+    :param data_file: "" for none, "own" for one of the guest's data, "raw" for one that is the disk at any time.
     :param lease: bytes of the first lease, and the largest; 0 for 16 clusters, so that small images see many leases.
     """
 
@@ -37,10 +42,15 @@ class Options:
     refcount_bits: int = 16
     compat: str = "1.1"
     lease: int = 0
+    data_file: str = ""
 
     def __str__(self) -> str:
         version = "v2" if self.compat == "0.10" else "v3"
-        return f"{self.cluster_size}-{self.refcount_bits}-{version}" + ("-lease" if self.lease else "")
+        return (
+            f"{self.cluster_size}-{self.refcount_bits}-{version}"
+            + ("-lease" if self.lease else "")
+            + (f"-{self.data_file}-data" if self.data_file else "")
+        )
 
     @property
     def disk_size(self) -> int:
@@ -61,17 +71,27 @@ class Options:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image's bytes, and what it holds."""
+    """An image's files, first that of its tables, and what it holds."""
 
-    image: bytes
+    files: tuple[bytes, ...]
     content: Content
+
+    @property
+    def image(self) -> bytes:
+        """The bytes of the first."""
+        return self.files[0]
+
+
+def open_image(files: Sequence[Node], *, read_only: bool = False) -> list[Qcow2Node]:
+    """The node of an image over its files."""
+    return [Qcow2Node("node", files[0], data=files[1] if len(files) > 1 else None, read_only=read_only)]
 
 
 def content_of(node: Qcow2Node) -> Content:
     """Everything that an image holds; of snapshots the disks as well, by looking through their own tables."""
     store = node.snapshot_store
     found = {}
-    for info in store.snapshots():
+    for info in store.snapshots() if store is not None else ():
         entry = store._find(info)
         disk = bytearray(info.disk_size)
         l1 = node.image.file.read(entry.l1_offset, entry.l1_size * 8)
@@ -80,28 +100,33 @@ def content_of(node: Qcow2Node) -> Content:
     return Content(node.read(0, node.size), found)
 
 
-def _made(options: Options, work: Callable[[Qcow2Node], None], *, close: bool = True) -> Scene:
-    file = MemoryNode()
+def _made(options: Options, work: Callable[[Qcow2Node], None]) -> Scene:
+    files = [MemoryNode(), MemoryNode()] if options.data_file else [MemoryNode()]
     create_image(
-        file,
+        files[0],
         options.disk_size,
         cluster_size=options.cluster_size,
         refcount_bits=options.refcount_bits,
         compat=options.compat,  # type: ignore[arg-type]
+        data=files[1] if options.data_file else None,
+        data_file=DATA_FILE if options.data_file else None,
+        data_file_raw=options.data_file == "raw",
     )
-    return _lived(bytes(file.data), options, work, close=close)
+    return _lived(tuple(bytes(file.data) for file in files), options, work)
 
 
-def _lived(image: bytes, options: Options, work: Callable[[Qcow2Node], None], *, close: bool = True) -> Scene:
-    file = MemoryNode(image)
+def _lived(
+    before: tuple[bytes, ...], options: Options, work: Callable[[Qcow2Node], None], *, close: bool = True
+) -> Scene:
+    files = [MemoryNode(each) for each in before]
     with options.in_force():
-        node = Qcow2Node("node", file)
+        (node,) = open_image(files)
         work(node)
         node.flush()
         content = content_of(node)
         if close:
             node.close()
-    return Scene(bytes(file.data), content)
+    return Scene(tuple(bytes(file.data) for file in files), content)
 
 
 @cache
@@ -179,7 +204,7 @@ def leaky(options: Options) -> Scene:
     def work(node: Qcow2Node) -> None:
         node.write(15 * node.image.cluster_size, b"\x33")
 
-    return _lived(worn(options).image, options, work, close=False)
+    return _lived(worn(options).files, options, work, close=False)
 
 
 @cache
@@ -195,15 +220,15 @@ def dirty(options: Options) -> Scene:
         host = struct.unpack_from(">Q", table, index * 8)[0] & OFFSET_MASK
         file.write(counts + host // options.cluster_size * width, bytes(width))
     file.write(72, DIRTY.to_bytes(8, "big"))
-    return Scene(bytes(file.data), start.content)
+    return Scene((bytes(file.data),), start.content)
 
 
 @cache
 def foreign(options: Options) -> Scene:
     start = worn(options)
     image = bytearray(start.image)
-    image[88:96] = (1 << 9 | 1 << 3).to_bytes(8, "big")
-    return Scene(bytes(image), start.content)
+    image[88:96] = (int.from_bytes(image[88:96], "big") | 1 << 9 | 1 << 3).to_bytes(8, "big")
+    return Scene((bytes(image), *start.files[1:]), start.content)
 
 
 def scene(cluster_size: int) -> Scene:

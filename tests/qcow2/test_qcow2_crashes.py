@@ -27,7 +27,7 @@ def test_what_was_promised_is_there_whatever_instant_the_machine_dies_at(
 ) -> None:
     tally = Tally(f"{name} {options}")
     wanted = power_losses_of(options, 10 * STATES if LONG else STATES)
-    examine(tally, name, options, wanted, tmp_path, shown=16)
+    examine(tally, name, options, wanted, tmp_path, shown=10)
     assert tally.process_deaths > 3
     assert tally.power_losses > 2
     assert tally.shown

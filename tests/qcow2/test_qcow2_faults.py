@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from block.faults import FaultyNode, ForwardingNode, Log, UnreadableNode
-from qcow2.crash_checks import content_of, open_image, opened_and_closed
+from qcow2.crash_checks import opened_and_closed
 from qcow2.images import LONG, assert_only_leaks, named, take
 from qcow2.memory import MemoryNode
 from qcow2.operations import CASES, OPERATIONS, NotBroughtBack
-from qcow2.scenes import Options, worn
+from qcow2.scenes import Options, content_of, open_image, worn
 from qcow2.worlds import Content, Witness, allowed
 from stillframe.block.qcow2 import Qcow2Node
 from stillframe.block.qcow2.check import check
@@ -19,7 +19,7 @@ from stillframe.block.qcow2.layout import DIRTY
 from stillframe.errors import IOFailed, NoSpace, StillframeError
 
 SHORT = [(name, options) for name, options in CASES if options == Options(512)]
-EVERY = CASES if LONG else SHORT
+EVERY = [each for each in CASES if not each[1].data_file] if LONG else SHORT
 pytestmark = pytest.mark.timeout(3600 if LONG else 180)
 
 
@@ -43,7 +43,7 @@ def attempt(
 def assert_whole(image: bytes, path: Path | None = None) -> None:
     """No corruption, in our eyes and, where there is a path, in those of qemu-img."""
     if int.from_bytes(image[72:80], "big") & DIRTY and image[7] >= 3:
-        image = opened_and_closed(image)
+        (image,) = opened_and_closed((image,))
     found = check(MemoryNode(image, read_only=True))
     assert found.corruptions == 0, found.messages
     if path is not None:

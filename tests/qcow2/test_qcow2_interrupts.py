@@ -20,11 +20,10 @@ import pytest
 
 import stillframe.block.qcow2.gate as gate_module
 from block.faults import Log
-from qcow2.crash_checks import open_image
 from qcow2.images import LONG, take
 from qcow2.memory import MemoryNode
 from qcow2.operations import CASES, OPERATIONS
-from qcow2.scenes import Options, content_of
+from qcow2.scenes import Options, content_of, open_image
 from qcow2.test_qcow2_faults import assert_whole, contents, label
 from qcow2.worlds import Witness, allowed
 from stillframe.block.qcow2 import Qcow2Node

@@ -73,7 +73,7 @@ Allowed = dict[int, dict[int, list[bytes]]]
 def recover(image: "Image") -> Recovery:
     """Before an image that is opened for writing is used in any other way.
 
-    :raise InvalidRequest: a repair of an image whose data file was not opened with it.
+    :raise InvalidRequest: a repair of an image whose data file was not opened with it, where there is a record.
     :raise IOFailed: of the storage. The image cannot be used; a later open begins anew.
     """
     header = image.header
@@ -84,8 +84,6 @@ def recover(image: "Image") -> Recovery:
         if remove_voided(image.file.node):
             return Recovery(Outcome.LOST, why="Another program has opened the image for writing meanwhile")
         return Recovery(Outcome.CLEAN)
-    # What the entries wait for may lie there.
-    image.reader.refuse_without_data()
     try:
         record = find(image.file.node, number, header.l2_entry_words * 8)
     except Refused as error:
@@ -93,6 +91,8 @@ def recover(image: "Image") -> Recovery:
         return Recovery(Outcome.LOST, why=error.message)
     is_over = False
     try:
+        # What the entries wait for may lie there.
+        image.reader.refuse_without_data()
         try:
             entries = _verified(image, record.changes())
         except (Refused, ImageCorrupt) as error:
