@@ -107,7 +107,7 @@ def _look(state: State, tally: Tally, folder: Path, shown: int) -> Sequence[Cont
         assert contents(files) == found
     result = check(MemoryNode(files[0], read_only=True))
     assert result.corruptions == 0, result.messages
-    if tally.states % shown == 0 and not is_dirty:
+    if tally.states % shown == shown // 2 and not is_dirty:
         tally.shown += 1
         show(files, found[0], folder / "shown.qcow2", tally.shown)
     if result.leaks:
