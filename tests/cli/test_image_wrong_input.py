@@ -209,7 +209,7 @@ def test_a_full_file_system(tmp_path: Path) -> None:
         (("create", "x.qcow2", "-o", "compat=2", "1M"), "compat", 1),
         (("create", "x.qcow2", "-o", "refcount_bits=3", "1M"), "Refcount width", 1),
         (("create", "x.qcow2", "-o", "lazy_refcounts=maybe", "1M"), "'on' or 'off'", 1),
-        (("create", "x.qcow2", "-o", "extended_l2=on", "1M"), "'extended_l2'", 1),
+        (("create", "x.qcow2", "-o", "extended_l2=on,cluster_size=4k", "1M"), "at least 16384 bytes", 1),
         (("create", "x.qcow2", "-o", "data_file_raw=on", "1M"), "data-file-raw requires data-file", 1),
         (("create", "x.qcow2", "-o", "data_file=x.qcow2", "1M"), "cannot be the image itself", 1),
         (("convert", "-O", "qcow2", "-o", "data_file=x.data", "nx", "x.qcow2"), "-n", 1),

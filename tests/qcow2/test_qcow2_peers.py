@@ -244,11 +244,25 @@ def test_machine_state_that_qemu_saved_is_read_as_it_lies(name: str, tmp_path: P
     assert_clean(path)
 
 
-def test_extended_l2_entries_are_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("every_qemu")
+def test_snapshots_of_a_machine_with_extended_l2_entries_are_applied_and_deleted(tmp_path: Path) -> None:
     path = tmp_path / "fx.qcow2"
     path.write_bytes(gzip.decompress((DATA / "fx-v3-extl2.qcow2.gz").read_bytes()))
-    with pytest.raises(Unsupported, match="extended L2"), opened(path):
-        pass
+    with opened(path) as node:
+        names = [each.name for each in node.snapshot_store.snapshots()]
+    assert names
+    for name in names:
+        expected = as_raw(path, "-l", f"snapshot.name={name}")
+        with opened(path) as node:
+            state = node.snapshot_store.read_state(named(node, name), 0, 1 << 30)
+            assert len(state) == named(node, name).state_size
+            revert(node, name)
+            assert node.read(0, node.size) == expected
+            node.write(5000, b"written on" * 1000)
+            take(node, f"again {name}", state)
+            delete(node, name)
+            assert node.snapshot_store.read_state(named(node, f"again {name}"), 0, 1 << 30) == state
+        assert_clean(path)
 
 
 @pytest.mark.parametrize(("method", "name"), [(1, "AES"), (2, "LUKS")])

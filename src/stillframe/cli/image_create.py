@@ -18,6 +18,7 @@ and of qcow2 alone
   refcount_bits     1, 2, 4, 8, 16, 32 or 64 (16)
   compat            1.1 or 0.10 (1.1)
   lazy_refcounts    on or off (off)
+  extended_l2       on or off (off): clusters of 32 parts, each written by itself
   data_file         the file that the disk's bytes lie in, beside the tables;
                     not in convert
   data_file_raw     on or off: that file is the disk as a raw image (off)"""
@@ -159,7 +160,7 @@ _OPTIONS: dict[str, str | dict[str, str]] = {
     "lazy_refcounts": "on or off",
     "preallocation": {each: each for each in ("off", "metadata", "falloc", "full")},
     "compression_type": {each: each for each in ("zlib", "zstd")},
-    "extended_l2": "nothing",
+    "extended_l2": "on or off",
     "data_file": "text",
     "data_file_raw": "on or off",
     "encryption": "nothing",

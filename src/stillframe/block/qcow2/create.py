@@ -7,6 +7,7 @@ from stillframe.block.qcow2.image_file import ImageFile
 from stillframe.block.qcow2.layout import (
     COMPRESSION_TYPE,
     DATA_FILE,
+    EXTENDED_L2,
     EXTENSION_BACKING_FORMAT,
     EXTENSION_DATA_FILE,
     EXTENSION_FEATURE_NAMES,
@@ -15,6 +16,7 @@ from stillframe.block.qcow2.layout import (
     MAX_L1_BYTES,
     MAX_REFCOUNT_TABLE_BYTES,
     MIN_CLUSTER_BITS,
+    MIN_EXTENDED_CLUSTER_BITS,
     RAW_DATA_FILE,
     Header,
     feature_names,
@@ -40,6 +42,7 @@ def create_image(
     lazy_refcounts: bool = False,
     compression_type: str = "zlib",
     preallocation: Preallocation = "off",
+    extended_l2: bool = False,
     data: Node | None = None,
     data_file: str | None = None,
     data_file_raw: bool = False,
@@ -47,6 +50,7 @@ def create_image(
     """Make a node hold an empty image; what it held is lost. Everything is durable at the return.
 
     :param file: open and writable; made as long as the image's tables, and the disk where that is preallocated.
+    :param extended_l2: clusters are allocated in 32 parts; they have at least 16 KiB.
     :param data: open and writable, empty: where guest data is to lie; made as long as the disk.
     :param data_file: its name, to be recorded. :param data_file_raw: it is to be the disk as a raw image at all times.
     :param size: of the disk, in bytes; rounded up to a multiple of 512.
@@ -80,6 +84,14 @@ def create_image(
             "Non-zlib compression type is only supported with compatibility level 1.1 and above "
             "(use version=v3 or greater)"
         )
+    if extended_l2 and compat == "0.10":
+        raise InvalidRequest(
+            "Extended L2 entries are only supported with compatibility level 1.1 and above (use version=v3 or greater)"
+        )
+    if extended_l2 and cluster_bits < MIN_EXTENDED_CLUSTER_BITS:
+        raise InvalidRequest(
+            "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes"
+        )
     if data_file_raw and data_file is None:
         raise InvalidRequest("data-file-raw requires data-file")
     if data_file_raw and backing_file is not None:
@@ -92,7 +104,7 @@ def create_image(
         raise InvalidRequest("A data file and its name go together")
     if backing_format is not None and backing_file is None:
         raise InvalidRequest("Backing format cannot be used without backing file")
-    if preallocation != "off" and backing_file is not None:
+    if preallocation != "off" and backing_file is not None and not extended_l2:
         raise InvalidRequest(
             "Backing file and preallocation can only be used at the same time if extended_l2 is on"
         )
@@ -115,7 +127,8 @@ def create_image(
         refcount_table_offset=cluster_size,
         refcount_table_clusters=1,
         incompatible=(COMPRESSION_TYPE if compression_type != "zlib" else 0)
-        | (DATA_FILE if data_file is not None else 0),
+        | (DATA_FILE if data_file is not None else 0)
+        | (EXTENDED_L2 if extended_l2 else 0),
         compression_type=int(compression_type != "zlib"),
         compatible=LAZY_REFCOUNTS if lazy_refcounts else 0,
         autoclear=RAW_DATA_FILE if data_file_raw else 0,

@@ -25,6 +25,7 @@
 
     L1 entry  63 COPIED │ 55..9 L2 table offset
     L2 entry  63 COPIED │ 62 = 0 │ 55..9 host offset │ 0 reads as zeroes
+    extended L2 entry: a further word   63..32 subclusters that read as zeroes │ 31..0 subclusters that are allocated
     L2 entry  62 = 1 compressed │ x..61 further 512-byte sectors │ 0..x-1 host offset, x = 70 - cluster bits
 
 Autoclear bits 32 to 63 are the number of our record of unflushed entries (unflushed.py), or 0.
@@ -47,6 +48,8 @@ L2_RESERVED = 0x3F000000000001FE
 REFCOUNT_TABLE_RESERVED = 0x1FF
 
 MIN_CLUSTER_BITS, MAX_CLUSTER_BITS = 9, 21
+MIN_EXTENDED_CLUSTER_BITS = 14
+"""With extended L2 entries: a subcluster is a 32nd of a cluster, and has at least 512 bytes."""
 MAX_L1_BYTES = 32 << 20
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 MAX_OFFSET = 1 << 56
@@ -372,8 +375,8 @@ def _check_features(header: Header) -> None:
     unknown = header.incompatible & ~known
     if unknown:
         raise Unsupported(f"Unsupported qcow2 feature(s): {_names_of(unknown, header)}")
-    if header.has_extended_l2:
-        raise Unsupported("Unsupported qcow2 feature(s): extended L2 entries")
+    if header.has_extended_l2 and header.cluster_bits < MIN_EXTENDED_CLUSTER_BITS:
+        raise ImageCorrupt(f"Unsupported subcluster size: {header.cluster_size // 32}")
     if header.crypt_method:
         kind = {1: "AES", 2: "LUKS"}.get(header.crypt_method)
         if kind is None:
