@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "cli.image_create": WIRE | {"block"},
     "cli.image_map": WIRE | {"block"},
     "cli.image_open": WIRE | {"block"},
+    "cli.image_recover": WIRE | {"block", "snapshots.recovery", "snapshots.selection"},
     "cli.image_resize": WIRE | {"block"},
     "cli.image_snapshot": WIRE | {"block", "snapshots.group", "snapshots.selection"},
     "cli.demo": WIRE | {"block.create"},

@@ -8,22 +8,26 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from block.faults import RecordingNode, Write
+from block.faults import ForwardingNode, RecordingNode, Write
 from peers import QEMU_VERSIONS, peer, using
-from qcow2.images import assert_clean, make, opened, qemu_img, qemu_io
+from qcow2.images import assert_clean, make, opened, qemu_img, qemu_io, take
 from qcow2.memory import MemoryNode
 from stillframe.block.file import FileNode
-from stillframe.block.node import GroupKind, GroupMark, GroupStage
+from stillframe.block.node import GroupKind, GroupMark, GroupStage, Node, SnapshotRecord
 from stillframe.block.qcow2 import Qcow2Node
+from stillframe.block.qcow2.check import check
 from stillframe.block.qcow2.image import Image
-from stillframe.block.qcow2.layout import pack_extensions
+from stillframe.block.qcow2.layout import EXTENSION_FEATURE_NAMES, feature_names, pack_extensions
 from stillframe.block.qcow2.marks import EXTENSION_MARK, Mark, pack_mark, unpack_mark
-from stillframe.errors import InUse, LimitReached, Unsupported
+from stillframe.block.qcow2.repair import repair
+from stillframe.block.qcow2.unfinished import write_mark
+from stillframe.errors import InUse, IOFailed, LimitReached, Unsupported
 
 GROUP = GroupMark(uuid.UUID(int=7), GroupKind.SAVE, GroupStage.UNDER_WAY, True, 3, "root.qcow2")
 SAVE = Mark(GROUP, b"s" * 16)
@@ -92,7 +96,7 @@ def test_a_mark_comes_by_one_write_of_the_first_sector_and_what_was_there_comes_
     before, seen = image.read_bytes(), described(image)
     cluster = 1 << before[23]
     with recording(image) as (opened_image, file):
-        opened_image.write_mark(mark, barred=mark is LOAD)
+        write_mark(opened_image, mark, barred=mark is LOAD)
         writes = [step for step in file.log if isinstance(step, Write)]
         assert [(step.offset, len(step.data)) for step in writes if step.offset < 512] == [(0, 512)]
         # A name that leaves the sector goes where nobody reads, within the header's cluster.
@@ -100,7 +104,7 @@ def test_a_mark_comes_by_one_write_of_the_first_sector_and_what_was_there_comes_
             assert 512 <= step.offset < step.offset + len(step.data) <= cluster
             assert before[step.offset : step.offset + len(step.data)] == bytes(len(step.data))
         file.log.clear()
-        opened_image.write_mark(None, barred=False)
+        write_mark(opened_image, None, barred=False)
         writes = [step for step in file.log if isinstance(step, Write)]
         assert [(step.offset, len(step.data)) for step in writes] == [(0, 512)]
     assert image.read_bytes()[:512] == before[:512]
@@ -116,7 +120,7 @@ def test_a_mark_that_a_crash_left_is_read_and_taken_off_without_a_trace(
     with using(version):
         seen = described(image)
         with recording(image) as (opened_image, _):
-            opened_image.write_mark(mark, barred=mark is LOAD)
+            write_mark(opened_image, mark, barred=mark is LOAD)
         if mark is SAVE:
             assert described(image) == seen
             assert_content(image)
@@ -126,7 +130,7 @@ def test_a_mark_that_a_crash_left_is_read_and_taken_off_without_a_trace(
             assert found is not None
             assert found.group == mark.group
             assert (found.before, found.after, found.snapshot) == (mark.before, mark.after, mark.snapshot)
-            opened_image.write_mark(None, barred=False)
+            write_mark(opened_image, None, barred=False)
         assert described(image) == seen
         assert_content(image)
         assert_clean(image)
@@ -142,7 +146,7 @@ def assert_content(path: Path) -> None:
 @pytest.mark.parametrize("version", QEMU_VERSIONS)
 def test_stock_tools_refuse_an_image_in_the_middle_of_a_load(image: Path, version: str) -> None:
     with recording(image) as (opened_image, _):
-        opened_image.write_mark(LOAD, barred=True)
+        write_mark(opened_image, LOAD, barred=True)
     before = image.read_bytes()
     said = (
         "Unsupported qcow2 version" if before[7] == 2 and before[4] else "unfinished load of several images"
@@ -170,7 +174,7 @@ def test_qemu_keeps_the_mark_of_a_save_whatever_it_does_to_the_image(
         qemu_img("create", "-f", "qcow2", "-o", f"compat={compat}", path, "1M")
         qemu_io(path, "write -P 7 0 128k")
         with recording(path) as (opened_image, _):
-            opened_image.write_mark(SAVE, barred=False)
+            write_mark(opened_image, SAVE, barred=False)
         qemu_img("rebase", "-u", "-f", "qcow2", "-b", base, "-F", "raw", path)
         assert_mark(path)
         for words in (["-c", "a"], ["-c", "b"], ["-a", "a"], ["-d", "a"]):
@@ -200,11 +204,73 @@ def test_a_header_without_room_refuses_the_mark_before_anything_is_written(tmp_p
     path.write_bytes(data)
     with recording(path) as (image, file):
         with pytest.raises(LimitReached, match="no room for the mark"):
-            image.write_mark(LOAD, barred=True)
+            write_mark(image, LOAD, barred=True)
         assert file.log == []
         assert image.broken is None
     with opened(path) as node, pytest.raises(LimitReached, match="no room for the mark"):
         node.snapshot_store.refuse_if_unmarkable()
+
+
+@pytest.mark.parametrize("call", ["write", "flush"])
+def test_a_header_that_needs_a_second_try_keeps_its_extensions_beyond_the_sector(
+    tmp_path: Path, call: str
+) -> None:
+    path = make(tmp_path / "image.qcow2", 1 << 20)
+    data = bytearray(path.read_bytes())
+    area = pack_extensions(((0x12345678, bytes(range(250)) * 8), (EXTENSION_FEATURE_NAMES, feature_names())))
+    data[112 : 112 + len(area)] = area
+    file = FailingHeader(MemoryNode(data), call)
+    node = Qcow2Node("node", file)
+    change = node.snapshot_store.freeze().prepare(SnapshotRecord("s", 1, 2))
+    file.failures = 2
+    with pytest.raises(IOFailed):
+        change.commit()
+    change.abandon()
+    assert not node.image.broken
+    assert file.read(112, len(area)) == area
+    take(node, "s")
+    node.close()
+    assert file.read(112, len(area)) == area
+    path.write_bytes(bytes(file.read(0, file.size)))
+    assert_clean(path)
+
+
+class FailingHeader(ForwardingNode):
+    """Fails at the next writes of the header, or at the flushes after them."""
+
+    def __init__(self, inner: Node, call: str) -> None:
+        super().__init__(inner)
+        self.call, self.failures, self.is_header = call, 0, False
+
+    def _fail(self) -> None:
+        self.failures -= 1
+        raise IOFailed("the header could not be written", errno=5)
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        self.is_header = offset < 512
+        if self.is_header and self.failures and self.call == "write":
+            self._fail()
+        super().write(offset, data)
+
+    def flush(self) -> None:
+        if self.is_header and self.failures and self.call == "flush":
+            self._fail()
+        super().flush()
+
+
+@pytest.mark.parametrize("what", ["leaks", "all"])
+def test_an_image_in_the_middle_of_a_load_is_checked_and_not_repaired(
+    tmp_path: Path, what: Literal["leaks", "all"]
+) -> None:
+    path = make(tmp_path / "image.qcow2", 1 << 20)
+    with recording(path) as (image, _):
+        write_mark(image, LOAD, barred=True)
+    before = path.read_bytes()
+    file = MemoryNode(before)
+    assert check(file).corruptions == 0
+    with pytest.raises(InUse, match="interrupted"):
+        repair(file, what)
+    assert bytes(file.data) == before
 
 
 def test_unknown_extensions_and_a_later_marks_stay(tmp_path: Path) -> None:
@@ -229,7 +295,7 @@ def test_unknown_extensions_and_a_later_marks_stay(tmp_path: Path) -> None:
 def test_nothing_is_read_or_written_through_an_image_in_the_middle_of_a_load(tmp_path: Path) -> None:
     path = make(tmp_path / "image.qcow2", 1 << 20)
     with recording(path) as (image, _):
-        image.write_mark(LOAD, barred=True)
+        write_mark(image, LOAD, barred=True)
     before = path.read_bytes()
     with opened(path) as node:
         store = node.snapshot_store

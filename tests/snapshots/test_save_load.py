@@ -420,7 +420,7 @@ def test_an_older_release_is_loaded(nodes: tuple[Node, Node]) -> None:
 
 
 class Journal(ForwardingNode):
-    """Notes flushes and the writes that switch an image's tables: those of the header."""
+    """Notes flushes and the writes that switch an image's tables: those of header bytes 24 to 71."""
 
     def __init__(self, inner: Node, journal: list[str]) -> None:
         super().__init__(inner)
@@ -428,9 +428,13 @@ class Journal(ForwardingNode):
         self.name = inner.node_name.removesuffix("-file")
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        if offset < 104:
-            self.journal.append(f"switch {self.name}")
+        before = self.world()
         super().write(offset, data)
+        if self.world() != before:
+            self.journal.append(f"switch {self.name}")
+
+    def world(self) -> bytes:
+        return self.inner.read(24, 48)
 
     def flush(self) -> None:
         self.journal.append(f"flush {self.name}")

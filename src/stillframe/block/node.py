@@ -11,12 +11,15 @@ A change of an image's snapshots is made in two steps, so that several images ca
     finish    what only the old world used is given back; a failure here leaks space and nothing else
     roll_back instead of finish: the header is switched back, the old world is in force again
     abandon   instead of commit: what was prepared is given back
+    suspend   instead of roll_back: the old world is in force here, the file stays as it is, and takes no more writes
+              until it is opened again
 
 Where several images change, each carries a mark meanwhile, a note in its header by which a crash in the middle is
 recognised and resolved:
 
     mark      after prepare: durable. The image that decides, first
-    settle    instead of, and before, taking it off: this image is as the operation left it. All but the one that decides
+    settle    before it is taken off: this image is as the operation left it, and waits for nothing; the one that decides
+              still says what was decided
     unmark    the note is gone. The image that decides, after all others are settled; then these
 
 Nobody calls these but `snapshots/group.py`, which drives a set of them as one, and `snapshots/recovery.py`.
@@ -188,12 +191,12 @@ class GroupMark:
 
 
 class Change(Protocol):
-    """A prepared change of one image's snapshots; the module's text gives the order of the calls.
+    """A prepared change of one image's snapshots; the module's text gives the order of the calls."""
 
-    :ivar image_name: what people call the image: its file, without directories.
-    """
-
-    image_name: str
+    @property
+    def image_name(self) -> str:
+        """What people call the image: its file, without directories."""
+        ...
 
     def mark(self, mark: GroupMark) -> None: ...
 
@@ -204,6 +207,8 @@ class Change(Protocol):
     def finish(self) -> None: ...
 
     def abandon(self) -> None: ...
+
+    def suspend(self) -> None: ...
 
     def settle(self) -> None: ...
 

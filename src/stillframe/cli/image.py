@@ -15,6 +15,7 @@ from stillframe.cli.image_open import (
     opened,
     probed,
 )
+from stillframe.cli.image_recover import recover, tell_unfinished
 from stillframe.cli.image_resize import resize
 from stillframe.cli.image_snapshot import snapshot, snapshot_lines
 from stillframe.cli.present import format_size, print_json, printable
@@ -67,6 +68,8 @@ def info(kind: str | None, force_share: bool, backing_chain: bool, as_json: bool
     found: list[ImageInfo] = []
     with opened(file, kind, force_share=force_share, with_backing=backing_chain) as node:
         here: Node | None = node
+        if node.snapshot_store is not None:
+            tell_unfinished(file, node.snapshot_store)
         while here is not None:
             found.append(here.info())
             here = here.children.get("backing")
@@ -213,5 +216,5 @@ def _print_check(result: "CheckResult") -> None:
         click.echo(f"Image end offset: {result.image_end_offset}")
 
 
-for command in (create, map_image, compare, convert, resize, snapshot):
+for command in (create, map_image, compare, convert, resize, snapshot, recover):
     image.add_command(command)

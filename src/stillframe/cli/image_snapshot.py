@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stillframe.cli.image_open import force_share_option, format_option, opened
+from stillframe.cli.image_recover import tell_unfinished
 from stillframe.cli.present import format_clock, format_date, format_size, print_json, printable
 from stillframe.errors import AlreadyExists, InvalidRequest, NotFound, Unsupported
 
@@ -45,6 +46,8 @@ def list_snapshots(kind: str | None, force_share: bool, as_json: bool, image_fil
 
     with opened(image_file, kind, force_share=force_share) as node:
         found = node.info().snapshots
+        if node.snapshot_store is not None:
+            tell_unfinished(image_file, node.snapshot_store)
     if as_json:
         print_json([snapshot_info_json(each) for each in found])
     elif found:
@@ -130,6 +133,7 @@ def _snapshot_node(node: "Node", file: str) -> "SnapshotNode":
             f"'{file}' is a {node.driver} image, which cannot keep snapshots",
             remedy="Only qcow2 images can; -f says which format to take a file for.",
         )
+    tell_unfinished(file, store)
     return SnapshotNode(node, store)
 
 

@@ -244,6 +244,7 @@ async def _serve(options: RunOptions) -> int:
         stack.callback(graph.close)
         for text in options.blockdevs:
             graph.blockdev_add(parse_options(text))
+        _recover(graph)
         console = stack.enter_context(_console(options.console, end))
         machine = build_machine(_machine_config(options, graph, console), events)
         stack.callback(machine.close)
@@ -259,6 +260,19 @@ async def _serve(options: RunOptions) -> int:
             await asyncio.to_thread(host.end, "host-signal")
             await server.close()
     return 0
+
+
+def _recover(graph: "BlockGraph") -> None:
+    """Before anything reads the nodes: what a crash left of operations over several of them is brought to an end.
+
+    :raise StillframeError: a node is in the middle of a load that its images here do not suffice to resolve.
+    """
+    from stillframe.snapshots.recovery import recover_graph, refuse_withheld, snapshot_nodes
+
+    found = recover_graph(graph)
+    for each in found:
+        click.echo(f"stillframe: {each}", err=True)
+    refuse_withheld(snapshot_nodes(graph.nodes()), found)
 
 
 async def _until_over(machine: "Machine", server: "MonitorServer", ended: asyncio.Event) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from stillframe.block.node import GroupKind
 from stillframe.snapshots.context import Context
 from stillframe.snapshots.group import Step, all_or_none
 from stillframe.snapshots.selection import Found
@@ -14,7 +15,7 @@ def delete(found: Sequence[Found], context: Context) -> None:
     """
     context.progress(0, 1)
     steps = [_step(each) for each in found]
-    with all_or_none(steps, before_commit=context.point_of_no_return):
+    with all_or_none(steps, before_commit=context.point_of_no_return, kind=GroupKind.DELETE):
         pass
     context.progress(1, 1)
 

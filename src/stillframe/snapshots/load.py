@@ -16,6 +16,7 @@ import errno
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+from stillframe.block.node import GroupKind
 from stillframe.errors import Corrupt, IOFailed, StateMismatch, StillframeError
 from stillframe.machine.devices import Device
 from stillframe.machine.machine import Machine
@@ -52,7 +53,9 @@ def load(
     context.checkpoint()
     with machine.hold(RunState.RESTORE_VM):
         with _undo_point(machine, staged) as exchange:
-            with all_or_none(_reverts(selection), before_commit=context.point_of_no_return):
+            with all_or_none(
+                _reverts(selection), before_commit=context.point_of_no_return, kind=GroupKind.LOAD
+            ):
                 exchange()
                 with _explained():
                     for device in machine.devices:

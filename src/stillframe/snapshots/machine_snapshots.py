@@ -5,6 +5,8 @@ turns: their callers run them on `queue`, in order of arrival. While one is at w
 removed from the graph.
 """
 
+import logging
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
@@ -14,13 +16,15 @@ from stillframe.block.node import SnapshotInfo
 from stillframe.errors import NotFound
 from stillframe.jobs import JobQueue
 from stillframe.machine.machine import Machine
-from stillframe.snapshots import all_nodes, internal, selection
+from stillframe.snapshots import all_nodes, internal, recovery, selection
 from stillframe.snapshots.context import Context, told
 from stillframe.snapshots.delete import delete
 from stillframe.snapshots.ground import Ground
 from stillframe.snapshots.load import load
 from stillframe.snapshots.save import save
 from stillframe.snapshots.selection import Found, LoadSelection, SaveSelection, SnapshotNode
+
+_log = logging.getLogger(__name__)
 
 
 class MachineSnapshots:
@@ -35,6 +39,19 @@ class MachineSnapshots:
         self._graph = graph
         self.queue = JobQueue()
         self.ground = Ground(machine)
+        self._recovering = threading.Lock()
+        self._told: set[str] = set()
+
+    def recover(self) -> None:
+        """Bring operations to an end that a crash has left unfinished on the nodes; done before each of the others.
+
+        What cannot be resolved with the nodes that are here stays as it is, is not offered, and is logged once.
+        """
+        with self._recovering:
+            for found in map(str, recovery.recover_graph(self._graph)):
+                if found not in self._told:
+                    self._told.add(found)
+                    _log.warning("%s", found)
 
     # With a list of nodes: snapshot-save, snapshot-load, snapshot-delete.
 
@@ -44,6 +61,7 @@ class MachineSnapshots:
         :param vmstate: which of them gets the machine state. :raise Refused: nothing was touched.
         :raise Failed: nothing is left behind. :raise Cancelled: nothing is left behind.
         """
+        self.recover()
         chosen = selection.for_save(selection.listed(self._graph, devices), tag, vmstate)
         self._save(context, chosen)
 
@@ -52,6 +70,7 @@ class MachineSnapshots:
 
         :raise Refused: :raise Corrupt: :raise Failed: :raise Cancelled:
         """
+        self.recover()
         chosen = selection.for_load(selection.listed(self._graph, devices), tag, vmstate)
         self._load(context, chosen)
 
@@ -60,6 +79,7 @@ class MachineSnapshots:
 
         :raise Refused: :raise Failed: :raise Cancelled: nothing has changed.
         """
+        self.recover()
         self._delete(context, selection.for_delete(selection.listed(self._graph, devices), tag))
 
     # Without one: savevm, loadvm, delvm, info snapshots.
@@ -70,6 +90,7 @@ class MachineSnapshots:
 
         :param tag: None for a name made of the local time. :return: the name.
         """
+        self.recover()
         name = f"vm-{datetime.now():%Y%m%d%H%M%S}" if tag is None else tag
         nodes = all_nodes.included(self._graph)
         chosen = selection.for_save(nodes, name, None, replace=True)
@@ -81,6 +102,7 @@ class MachineSnapshots:
 
     def load_everything(self, context: Context, tag: str) -> None:
         """`loadvm`: as `load`, on all nodes."""
+        self.recover()
         nodes = all_nodes.included(self._graph)
         if not nodes:
             raise NotFound("no block device can store vmstate for snapshot")
@@ -88,22 +110,26 @@ class MachineSnapshots:
 
     def delete_everywhere(self, context: Context, tag: str) -> None:
         """`delvm`: as `delete`, on all nodes."""
+        self.recover()
         self._delete(context, selection.for_delete(all_nodes.included(self._graph), tag))
 
     def listing(self) -> all_nodes.Listing:
         """`info snapshots`."""
+        self.recover()
         return all_nodes.listing(self._graph)
 
     # One disk alone.
 
     def create_internal(self, device: str, name: str) -> None:
         """`blockdev-snapshot-internal-sync`. :param device: of the guest, or a node-name."""
+        self.recover()
         node = self._graph.find(self._node_name(device))
         with self._graph.hold(node, "blockdev-snapshot-internal-sync"):
             internal.create(self._machine, self._graph, node, name)
 
     def delete_internal(self, device: str, *, id: str | None, name: str | None) -> SnapshotInfo:
         """`blockdev-snapshot-delete-internal-sync`. :return: what was deleted."""
+        self.recover()
         node = self._graph.find(self._node_name(device))
         with self._graph.hold(node, "blockdev-snapshot-delete-internal-sync"):
             return internal.delete(self._graph, node, id=id, name=name)

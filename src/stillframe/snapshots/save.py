@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from uuid import UUID, uuid4
 
-from stillframe.block.node import GroupMember, Lineage, PageIndexPlace, SnapshotRecord
+from stillframe.block.node import GroupKind, GroupMember, Lineage, PageIndexPlace, SnapshotRecord
 from stillframe.errors import Corrupt, IOFailed, LimitReached, NotFound, Unsupported
 from stillframe.machine.frozen import FrozenMemory
 from stillframe.machine.frozen import frozen as frozen_memory
@@ -197,6 +197,6 @@ def _commit(
         for member in members
     }
     steps = [frozen.step(node.name, records[node.name]) for node in (*selection.members, selection.state)]
-    with all_or_none(steps, before_commit=context.point_of_no_return):
+    with all_or_none(steps, before_commit=context.point_of_no_return, kind=GroupKind.SAVE):
         pass
     return members[0].snapshot

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from stillframe.block.graph import BlockGraph
 from stillframe.block.node import Node, SnapshotInfo, SnapshotStore
 from stillframe.errors import AlreadyExists, InvalidRequest, NotFound, Refused, Unsupported
+from stillframe.snapshots.context import told
 
 MAXIMUM_NAME = 255
 """Bytes of a snapshot's name; QEMU's buffer has one more."""
@@ -166,7 +167,9 @@ def for_save(
             f"Snapshot '{tag}' already exists in one or more devices",
             remedy="Choose another name, or delete that snapshot first.",
         )
-    return SaveSelection(tag, tuple(nodes), _state_node(nodes, vmstate))
+    state = _state_node(nodes, vmstate)
+    _refuse_unmarkable(nodes)
+    return SaveSelection(tag, tuple(nodes), state)
 
 
 def for_load(nodes: Sequence[SnapshotNode], tag: str, vmstate: str | None) -> LoadSelection:
@@ -189,6 +192,7 @@ def for_load(nodes: Sequence[SnapshotNode], tag: str, vmstate: str | None) -> Lo
     if state.state_size == 0:
         raise Refused("This is a disk-only snapshot. Revert to it  offline using qemu-img")
     found = tuple(Found(node, state if node is state_node else _companion(node, state)) for node in nodes)
+    _refuse_unmarkable(nodes)
     return LoadSelection(tag, found, Found(state_node, state))
 
 
@@ -206,4 +210,12 @@ def _companion(node: SnapshotNode, state: SnapshotInfo) -> SnapshotInfo:
 def for_delete(nodes: Sequence[SnapshotNode], tag: str) -> tuple[Found, ...]:
     """The first snapshot of that name on each node that has one, the one with machine state first."""
     found = [Found(node, snapshot) for node in nodes if (snapshot := node.named(tag)) is not None]
+    _refuse_unmarkable([each.node for each in found])
     return tuple(sorted(found, key=lambda each: each.snapshot.state_size == 0))
+
+
+def _refuse_unmarkable(nodes: Sequence[SnapshotNode]) -> None:
+    """Several images carry a mark meanwhile (group.py). :raise Refused: one cannot, and why."""
+    for node in nodes if len(nodes) > 1 else ():
+        with told(f"Device '{node.name}' cannot take part in an operation over several images"):
+            node.store.refuse_if_unmarkable()

@@ -40,6 +40,7 @@ from stillframe.block.qcow2.snapshot_table import (
     next_id,
     pack_extra,
 )
+from stillframe.block.qcow2.unfinished import write_mark
 from stillframe.block.qcow2.wholly import wholly
 from stillframe.errors import ImageCorrupt, InUse, InvalidRequest, LimitReached, Unsupported
 
@@ -69,7 +70,11 @@ class SwitchChange:
         self._mark: Mark | None = None
         self._at_commit: Mark | None = None
         self._barred = False
-        self.image_name = os.path.basename(shadow.image.file.node.info().filename)
+
+    @property
+    def image_name(self) -> str:
+        """See `Change`."""
+        return os.path.basename(self._image.file.node.info().filename)
 
     def mark(self, mark: GroupMark) -> None:
         """See `Change`: durable at the return. :raise LimitReached: the header has no room; nothing has changed."""
@@ -82,7 +87,11 @@ class SwitchChange:
             (snapshot,) = there ^ {identity(entry) for entry in self._new.snapshots}
         self._mark = Mark(mark, snapshot, before, after)
         self._barred = mark.kind is GroupKind.LOAD
-        image.write_mark(self._mark, barred=self._barred)
+        try:
+            write_mark(image, self._mark, barred=self._barred)
+        except LimitReached:
+            self._mark = None
+            raise
         image.found_mark = None
         if mark.decides:
             self.carry(self._staged(GroupStage.COMMITTED), barred=self._barred)
@@ -93,15 +102,21 @@ class SwitchChange:
 
     def settle(self) -> None:
         """See `Change`: durable at the return."""
-        if self._mark is not None:
-            self._image.write_mark(self._staged(GroupStage.SETTLED), barred=False)
+        if self._mark is None:
+            return
+        stage = GroupStage.SETTLED
+        if self._mark.group.decides:
+            present = self._image.sector.mark
+            stage = present.group.stage if present else GroupStage.UNDER_WAY
+        # Also where the mark could not be written: it may be in the file all the same.
+        write_mark(self._image, self._staged(stage), barred=False)
 
     def unmark(self) -> None:
         """See `Change`: durable at the return, unless the image was settled."""
         if self._mark is not None:
             image = self._image
             is_settled = image.sector.mark is not None and image.sector.mark.group.stage is GroupStage.SETTLED
-            image.write_mark(None, barred=False, flush=not is_settled)
+            write_mark(image, None, barred=False, flush=not is_settled)
             self._mark = self._at_commit = None
 
     def _staged(self, stage: GroupStage) -> Mark:
@@ -185,6 +200,19 @@ class SwitchChange:
                 image.forget_tables()
                 for first, count in self._lease:
                     image.refcounts.give_back(first, count)
+
+    def suspend(self) -> None:
+        """See `Change`; before a commit it is `abandon`, for a second time nothing."""
+        if self._stage is not Stage.COMMITTED:
+            self.abandon()
+            return
+        image = self._image
+        image.leave_in_doubt(self._old)
+        with image.gate.lock:
+            image.forget_tables()
+        self._over()
+        if self._pending is not None:
+            self._pending.abandon()
 
     def _restore(self) -> None:
         # Where the switch took a word of the mark with it, the way back takes the word before it.

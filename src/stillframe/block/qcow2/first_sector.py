@@ -31,6 +31,7 @@ from stillframe.block.qcow2.marks import EXTENSION_MARK, Mark, pack_mark, unpack
 from stillframe.errors import LimitReached, Unsupported
 
 SECTOR = 512
+FEATURES_END = FEATURES_OFFSET + 24
 
 _NAME_PLACE = struct.Struct(">QI")
 _NAME_AT, _VERSION_AT = 8, 4
@@ -48,6 +49,7 @@ class FirstSector:
 
     def __init__(self, file: ImageFile, header: Header) -> None:
         self._file = file
+        self._header = header
         self._lock = threading.Lock()
         self._bytes = bytes(file.read(0, SECTOR)).ljust(SECTOR, b"\0")
         self._extensions = header.extensions
@@ -63,13 +65,13 @@ class FirstSector:
                 remedy="Use the version of stillframe that began it, or a later one.",
             )
 
-    def write_world(self, header: Header) -> None:
+    def write_world(self, world: bytes) -> None:
         """Bytes 24..71, and nothing else unless an earlier write failed; durable."""
         with self._lock:
             if self._is_in_doubt:
-                self._write_all(header, self.mark, self.is_barred)
+                self._write_all(world, self.mark, self.is_barred)
                 return
-            self._write(WORLD_OFFSET, header.pack_world())
+            self._write(WORLD_OFFSET, world)
 
     def write_features(self, header: Header, *, flush: bool = True) -> None:
         """The feature words; version 3 only. :param flush: durable at the return."""
@@ -77,20 +79,25 @@ class FirstSector:
             features = header.pack_features(LOADING if self.is_barred else 0)
             self._write(FEATURES_OFFSET, features, flush=flush)
 
-    def write_all(self, header: Header, mark: Mark | None, *, barred: bool, flush: bool = True) -> None:
-        """World, features and mark in one write.
+    def write_mark(
+        self, mark: Mark | None, *, barred: bool, world: bytes | None = None, flush: bool = True
+    ) -> None:
+        """The mark, or none, and with it a world, in one write.
+
+        What is not given stays as it is in the file, not as anybody remembers it: guests may grow tables meanwhile.
 
         :param barred: other programs are to refuse the image. :param flush: durable at the return.
+        :param world: bytes 24..71; None for those in force.
         :raise LimitReached: there is no room for the mark; nothing was written.
         :raise IOFailed: either is in the file.
         """
         with self._lock:
-            self._write_all(header, mark, barred, flush=flush)
+            self._write_all(world, mark, barred, flush=flush)
 
-    def refuse_without_room(self, header: Header, mark: Mark) -> None:
+    def refuse_without_room(self, mark: Mark) -> None:
         """:raise LimitReached: the sector has no room for such a mark."""
         with self._lock:
-            self._compose(header, mark, False)
+            self._compose(None, mark, False)
 
     # Within: the lock is held.
 
@@ -106,8 +113,8 @@ class FirstSector:
         known[offset : offset + len(data)] = data
         self._bytes = bytes(known)
 
-    def _write_all(self, header: Header, mark: Mark | None, barred: bool, *, flush: bool = True) -> None:
-        sector, extensions, moved = self._compose(header, mark, barred)
+    def _write_all(self, world: bytes | None, mark: Mark | None, barred: bool, *, flush: bool = True) -> None:
+        sector, extensions, moved = self._compose(world, mark, barred)
         if moved is not None:
             self._file.write(*moved)
             self._file.flush()
@@ -116,30 +123,36 @@ class FirstSector:
         self._write(0, sector, flush=flush)
         self._is_in_doubt = False
         self._extensions = extensions
-        self.mark, self.is_barred = mark, barred
+        self.mark = unpack_mark(dict(extensions)[EXTENSION_MARK]) if mark else None
+        self.is_barred = barred
         if mark is None:
             self._plain = None
 
     def _compose(
-        self, header: Header, mark: Mark | None, barred: bool
+        self, world: bytes | None, mark: Mark | None, barred: bool
     ) -> tuple[bytes, Extensions, tuple[int, bytes] | None]:
         """The sector as it is to be, its extensions, and where the backing name must be written before it."""
         moved = None
-        if mark is None and self._plain is not None:
+        if mark == self.mark and barred == self.is_barred:
+            sector, extensions = bytearray(self._bytes), self._extensions
+        elif mark is None and self._plain is not None:
             sector, extensions = bytearray(self._plain[0]), self._plain[1]
         else:
-            sector, extensions, moved = self._laid_out(header, mark, barred)
-        sector[WORLD_OFFSET:FEATURES_OFFSET] = header.pack_world()
-        if header.version >= 3:
-            features = header.pack_features(LOADING if barred else 0)
-            sector[FEATURES_OFFSET : FEATURES_OFFSET + len(features)] = features
+            sector, extensions, moved = self._laid_out(mark, barred)
+        sector[WORLD_OFFSET:FEATURES_OFFSET] = world or self._bytes[WORLD_OFFSET:FEATURES_OFFSET]
+        if self._header.version >= 3:
+            incompatible = int.from_bytes(self._bytes[FEATURES_OFFSET : FEATURES_OFFSET + 8], "big")
+            incompatible = incompatible & ~LOADING | (LOADING if barred else 0)
+            sector[FEATURES_OFFSET:FEATURES_END] = self._bytes[FEATURES_OFFSET:FEATURES_END]
+            struct.pack_into(">Q", sector, FEATURES_OFFSET, incompatible)
         else:
             struct.pack_into(">I", sector, _VERSION_AT, VERSION_2_LOADING if barred else 2)
         return bytes(sector), extensions, moved
 
     def _laid_out(
-        self, header: Header, mark: Mark | None, barred: bool
+        self, mark: Mark | None, barred: bool
     ) -> tuple[bytearray, Extensions, tuple[int, bytes] | None]:
+        header = self._header
         length = header.extensions_offset
         name_offset, name_length = _NAME_PLACE.unpack_from(self._bytes, _NAME_AT)
         in_sector = name_length if name_offset and name_offset < SECTOR else 0

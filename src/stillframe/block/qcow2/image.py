@@ -41,15 +41,7 @@ from stillframe.block.qcow2.metadata import ACTIVE_L2, Metadata
 from stillframe.block.qcow2.reading import RunReader
 from stillframe.block.qcow2.snapshot_table import SnapshotEntry, parse_table
 from stillframe.block.qcow2.wholly import wholly
-from stillframe.errors import (
-    ImageCorrupt,
-    InUse,
-    InvalidRequest,
-    IOFailed,
-    LimitReached,
-    Refused,
-    StillframeError,
-)
+from stillframe.errors import ImageCorrupt, InvalidRequest, IOFailed, Refused, StillframeError
 
 if TYPE_CHECKING:
     from stillframe.block.qcow2.pending import Pending
@@ -100,7 +92,7 @@ class Image:
         # The bit is the mark's and not this header's: whoever switches worlds need not know of it.
         self.world = self.tables_of(replace(header, incompatible=header.incompatible & ~LOADING))
         self.found_mark = self.sector.mark
-        self._mark_failure: str | None = None
+        self.mark_failure: str | None = None
         if data is not None and not header.has_data_file:
             raise InvalidRequest("'data-file' can only be set for images with an external data file")
         self._data = ImageFile(data) if data else None if header.has_data_file else self.file
@@ -232,34 +224,6 @@ class Image:
         """Whether it was found in the middle of a load of several images, which is not resolved yet."""
         return self.found_mark is not None and self.sector.is_barred
 
-    def refuse_if_withheld(self) -> None:
-        """:raise InUse: the content may be that before or after an interrupted load, unlike its group's."""
-        if self.is_withheld:
-            raise InUse(
-                "The image is part of a load of several images that was interrupted",
-                remedy="Open all images of the group together, or run `stillframe image recover` on them.",
-            )
-
-    def write_mark(self, mark: Mark | None, *, barred: bool, flush: bool = True) -> None:
-        """Put another mark into the header, or none; the world stays.
-
-        :raise LimitReached: there is no room for it. :raise IOFailed: it may be there; the image takes no more writes.
-        """
-        try:
-            try:
-                self.sector.write_all(self.header, mark, barred=barred, flush=flush)
-            except IOFailed:
-                # Once more, as in `restore_world`.
-                self.sector.write_all(self.header, mark, barred=barred, flush=flush)
-        except LimitReached:
-            raise
-        except BaseException as error:
-            self._mark_failure = f"The header of the image could not be written ({_said(error)})"
-            self.broken = self.broken or self._mark_failure
-            raise
-        if self.broken is self._mark_failure:
-            self.broken = None
-
     def switch_world(self, new: World, mark: Mark | None = None, *, barred: bool = False) -> None:
         """Put another world into force, durably, by one write of the header.
 
@@ -285,10 +249,11 @@ class Image:
     def _write_world(self, world: World, mark: Mark | None, barred: bool) -> None:
         if self.mapping.record is not None:
             self.mapping.record.note_world(world.header.pack_world())
+        packed = world.header.pack_world()
         if mark is None:
-            self.sector.write_world(world.header)
+            self.sector.write_world(packed)
         else:
-            self.sector.write_all(world.header, mark, barred=barred)
+            self.sector.write_mark(mark, barred=barred, world=packed)
 
     def restore_world(self, old: World, mark: Mark | None = None, *, barred: bool = False) -> None:
         """Put the old world into force again after a switch that failed or is to be undone.
@@ -308,13 +273,19 @@ class Image:
             # Not storage alone: whoever interrupts twice leaves as much doubt.
             self.is_in_doubt = True
             self.broken = (
-                f"The header of the image could not be written ({_said(error)}); it is whole, in its state before or "
+                f"The header of the image could not be written ({said(error)}); it is whole, in its state before or "
                 "after the last operation"
             )
             raise
         if self.is_in_doubt:
             self.is_in_doubt, self.broken = False, None
         self.world = old
+
+    def leave_in_doubt(self, old: World) -> None:
+        """Show an old world again without a write: which one the file has in force is for the next open to say."""
+        self.world = self._with_features(old)
+        self.is_in_doubt = True
+        self.broken = "The image is part of an operation over several images whose outcome is not known"
 
     def forget_tables(self) -> None:
         """The world was switched: whatever was derived from the old one is void. Lock held."""
@@ -536,5 +507,6 @@ class Image:
                 self.mapping.record.close(is_whole=is_whole)
 
 
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
+    """An error as a part of a sentence."""
     return error.message if isinstance(error, StillframeError) else type(error).__name__

@@ -13,6 +13,7 @@ from stillframe.block.qcow2.layout import (
 )
 from stillframe.block.qcow2.mapping import DATA, PACKED, ZEROES, empty_entries
 from stillframe.block.qcow2.snapshots import Snapshots
+from stillframe.block.qcow2.unfinished import refuse_if_withheld
 from stillframe.errors import InvalidRequest, Refused
 
 _ZEROES = bytes(1 << 20)
@@ -299,7 +300,8 @@ class Qcow2Node(Node):
                 yield extent.offset, extent.offset + extent.length
 
     def _refuse_outside(self, offset: int, length: int) -> None:
-        self._image.refuse_if_withheld()
+        if self._image.is_withheld:
+            refuse_if_withheld(self._image)
         if offset < 0 or length < 0 or offset + length > self.size:
             raise InvalidRequest(
                 f"{length} bytes at {offset} lie outside node '{self.node_name}', which has {self.size} bytes"
@@ -308,7 +310,8 @@ class Qcow2Node(Node):
     def _refuse_read_only(self) -> None:
         if self.read_only:
             raise Refused(f"Block node '{self.node_name}' is read-only")
-        self._image.refuse_if_withheld()
+        if self._image.is_withheld:
+            refuse_if_withheld(self._image)
 
     def _refuse_write(self, offset: int, length: int) -> None:
         self._refuse_read_only()

@@ -14,6 +14,7 @@ from stillframe.block.qcow2.check import CheckResult, Walk, refuse_if_unreadable
 from stillframe.block.qcow2.image import Image, World
 from stillframe.block.qcow2.layout import CORRUPT, DIRTY, REFCOUNT_TABLE_RESERVED, aligned
 from stillframe.block.qcow2.shadow import Shadow, l1_words, pack_words
+from stillframe.block.qcow2.unfinished import refuse_if_withheld
 from stillframe.block.qcow2.widths import runs_of
 
 What = Literal["leaks", "all"]
@@ -29,7 +30,7 @@ def repair(file: Node, what: What) -> CheckResult:
     """
     image = Image(file, None, read_only=False, is_repair=True)
     # Both worlds of an interrupted load count their own references; only one of them would be repaired.
-    image.refuse_if_withheld()
+    refuse_if_withheld(image)
     result = repair_open(image, what)
     marks = image.header.incompatible & (CORRUPT | DIRTY)
     if marks and not result.corruptions and not result.check_errors:

@@ -11,8 +11,10 @@ from stillframe.block.qcow2.state_area import StateArea, find
 from stillframe.block.qcow2.unfinished import (
     doubtful_snapshot,
     refuse_if_unmarkable,
+    refuse_if_withheld,
     refuse_unless_resolvable,
     resolve,
+    write_mark,
 )
 
 
@@ -35,7 +37,7 @@ class Snapshots:
 
     def freeze(self) -> Pending:
         """See `SnapshotStore`."""
-        self._image.refuse_if_withheld()
+        refuse_if_withheld(self._image)
         return freeze(self._image)
 
     def prepare_revert(self, snapshot: SnapshotInfo) -> Change:
@@ -46,14 +48,14 @@ class Snapshots:
         """
         from stillframe.block.qcow2.changes import prepare_revert
 
-        self._image.refuse_if_withheld()
+        refuse_if_withheld(self._image)
         return prepare_revert(self._image, self._find(snapshot))
 
     def prepare_delete(self, snapshot: SnapshotInfo) -> Change:
         """See `SnapshotStore`. :raise InUse: a snapshot is pending, or another change is not finished."""
         from stillframe.block.qcow2.changes import prepare_delete
 
-        self._image.refuse_if_withheld()
+        refuse_if_withheld(self._image)
         return prepare_delete(self._image, self._find(snapshot))
 
     def read_state(self, snapshot: SnapshotInfo, offset: int, length: int) -> bytes:
@@ -87,7 +89,7 @@ class Snapshots:
 
     def unmark(self) -> None:
         """See `SnapshotStore`."""
-        self._image.write_mark(None, barred=False)
+        write_mark(self._image, None, barred=False)
 
     def l1_of(self, snapshot: SnapshotInfo) -> bytearray:
         """The snapshot's L1 table. :raise NotFound: it is no longer there. :raise ImageCorrupt: it cannot be there."""

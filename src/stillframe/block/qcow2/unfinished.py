@@ -12,10 +12,42 @@ import uuid
 from dataclasses import replace
 
 from stillframe.block.node import GroupKind, GroupMark, GroupStage
-from stillframe.block.qcow2.image import Image
+from stillframe.block.qcow2.image import Image, said
 from stillframe.block.qcow2.marks import IDENTITY_BYTES, MAX_DECIDER_BYTES, WORLD_BYTES, Mark, identity
 from stillframe.block.qcow2.snapshot_table import SnapshotEntry
-from stillframe.errors import ImageCorrupt, InUse
+from stillframe.errors import ImageCorrupt, InUse, IOFailed, LimitReached
+
+
+def write_mark(
+    image: Image, mark: Mark | None, *, barred: bool, world: bytes | None = None, flush: bool = True
+) -> None:
+    """Put another mark into the header, or none. The parameters are those of `FirstSector.write_mark`.
+
+    :raise LimitReached: there is no room for it. :raise IOFailed: it may be there; the image takes no more writes.
+    """
+    try:
+        try:
+            image.sector.write_mark(mark, barred=barred, world=world, flush=flush)
+        except IOFailed:
+            # Once more, as in `Image.restore_world`.
+            image.sector.write_mark(mark, barred=barred, world=world, flush=flush)
+    except LimitReached:
+        raise
+    except BaseException as error:
+        image.mark_failure = f"The header of the image could not be written ({said(error)})"
+        image.broken = image.broken or image.mark_failure
+        raise
+    if image.broken is image.mark_failure:
+        image.broken = None
+
+
+def refuse_if_withheld(image: Image) -> None:
+    """:raise InUse: the content may be that before or after an interrupted load, unlike its group's."""
+    if image.is_withheld:
+        raise InUse(
+            "The image is part of a load of several images that was interrupted",
+            remedy="Open all images of the group together, or run `stillframe image recover` on them.",
+        )
 
 
 def doubtful_snapshot(image: Image) -> bytes | None:
@@ -48,7 +80,7 @@ def refuse_if_unmarkable(image: Image) -> None:
         uuid.UUID(int=0), GroupKind.LOAD, GroupStage.UNDER_WAY, True, 1, "x" * MAX_DECIDER_BYTES
     )
     world = bytes(WORLD_BYTES)
-    image.sector.refuse_without_room(image.header, Mark(largest, bytes(IDENTITY_BYTES), world, world))
+    image.sector.refuse_without_room(Mark(largest, bytes(IDENTITY_BYTES), world, world))
 
 
 def refuse_unless_resolvable(image: Image, *, committed: bool) -> None:
@@ -90,7 +122,7 @@ def resolve(image: Image, *, committed: bool) -> None:
     if leftover is not None:
         _delete(image, leftover, end)
     elif end != mark or image.sector.is_barred:
-        image.write_mark(end, barred=False)
+        write_mark(image, end, barred=False)
 
 
 def _leftover(image: Image, mark: Mark) -> SnapshotEntry | None:
@@ -99,14 +131,10 @@ def _leftover(image: Image, mark: Mark) -> SnapshotEntry | None:
 
 def _return_to(image: Image, before: bytes, end: Mark) -> None:
     """The world before the load, of which nothing was given away: that begins after the group's last switch."""
-    old = image.world
-    try:
-        image.world = image.tables_of(image.header.with_world(before))
-        image.write_mark(end, barred=False)
-    except BaseException:
-        image.world = old
-        raise
+    world = image.tables_of(image.header.with_world(before))
+    write_mark(image, end, barred=False, world=before)
     with image.gate.lock:
+        image.world = world
         image.forget_tables()
 
 

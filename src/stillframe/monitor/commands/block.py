@@ -258,6 +258,8 @@ def blockdev_add(host: Host, arguments: Mapping[str, Any]) -> None:
     known and not honoured are refused by name.
     """
     host.graph.blockdev_add(arguments)
+    # It may be the image that others, interrupted together with it, are waiting for.
+    host.snapshots.recover()
 
 
 @command("blockdev-del")
