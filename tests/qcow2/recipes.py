@@ -42,6 +42,7 @@ class Recipe:
     by_qemu: bool
     bitmap: bool
     data_file: str | None
+    extended_l2: bool
     seed: int
 
     @property
@@ -80,7 +81,7 @@ class Recipe:
             backing = ["-B", name, "-F", kind] if name else []
             words = [*backing, "-o", self._words(packed=True)]
             qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", *words, directory / "source.raw", path)
-        elif self.by_qemu or self.data_file:
+        elif self.by_qemu or self.data_file or self.extended_l2:
             backing = ["-b", name, "-F", kind] if name else []
             words = self._words(packed=False)
             if self.data_file:
@@ -108,6 +109,8 @@ class Recipe:
         if not self.is_v2:
             words.append(f"refcount_bits={self.refcount_bits}")
             words.append(f"lazy_refcounts={'on' if self.lazy_refcounts else 'off'}")
+        if self.extended_l2:
+            words.append("extended_l2=on")
         if packed and self.packed == "zstd":
             words.append("compression_type=zstd")
         return ",".join(words)
@@ -166,9 +169,10 @@ def recipes(draw: st.DrawFn) -> Recipe:
     packed = draw(st.sampled_from([None, None, "zlib", "zstd"]))
     data_file = draw(st.sampled_from([None, None, None, None, "plain", "raw"])) if v3 and not packed else None
     below = draw(st.sampled_from([None, None, "raw", "json", "packed", "two"]))
+    extended = v3 and not draw(st.integers(0, 3))
     return Recipe(
         compat=compat,
-        cluster_size=draw(st.sampled_from(CLUSTER_SIZES)),
+        cluster_size=draw(st.sampled_from(CLUSTER_SIZES[5 if extended else 0 :])),
         refcount_bits=draw(st.sampled_from([1, 2, 4, 8, 16, 32, 64])) if v3 else 16,
         clusters=draw(st.integers(1, 300)),
         odd=draw(st.integers(0, 3)),
@@ -179,5 +183,6 @@ def recipes(draw: st.DrawFn) -> Recipe:
         by_qemu=draw(st.booleans()),
         bitmap=v3 and not draw(st.integers(0, 5)),
         data_file=data_file,
+        extended_l2=extended,
         seed=draw(st.integers(0, 1000)),
     )
