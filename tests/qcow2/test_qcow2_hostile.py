@@ -34,7 +34,7 @@ def source_of(name: str) -> tuple[bytes, list[int], list[int]]:
 
 
 @pytest.mark.timeout(3600 if LONG else 180)
-@settings(max_examples=3000 if LONG else 150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3000 if LONG else 60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_damage_to_an_image_ends_in_an_error_of_ours(data: st.DataObject) -> None:
     source = data.draw(st.sampled_from(["fx-v2", "fx-v3", "fx-v3-zstd", "scene-512", "scene-65536"]))

@@ -21,9 +21,9 @@ from stillframe.block.qcow2.layout import (
     L1_RESERVED,
     L2_RESERVED,
     MAX_L1_BYTES,
+    MAX_OFFSET,
     REFCOUNT_TABLE_RESERVED,
     ZERO,
-    aligned,
 )
 from stillframe.block.qcow2.shadow import (
     TABLES_AT_ONCE,
@@ -185,30 +185,54 @@ class Walk:
         self._count_range(header.l1_offset, header.l1_size * 8)
         self._count_range(header.refcount_table_offset, len(world.refcount_table))
         self._count_range(header.snapshots_offset, world.snapshot_table_length)
-        table = np.frombuffer(world.refcount_table, ">u8")
-        for index in np.flatnonzero(table).tolist():
-            offset = int(table[index])
-            if offset & REFCOUNT_TABLE_RESERVED:
-                self.result.corrupt(f"ERROR refcount table entry {index} has reserved bits set")
-            elif not aligned(offset, header.cluster_size - 1):
-                self.result.corrupt(
-                    f"ERROR refcount block {index} is not cluster aligned; refcount table entry corrupted"
-                )
-            elif offset >= self.image.file.size:
-                self.result.corrupt(f"ERROR refcount block {index} is outside image")
-            else:
-                self._count_range(offset, header.cluster_size)
-                self._take_block(index, offset)
+        self._walk_refcount_table()
         if self.image.has_bitmaps:
             for offset, length in bitmap_ranges(self.image):
                 self._count_range(offset, length)
 
-    def _take_block(self, index: int, offset: int) -> None:
+    def _walk_refcount_table(self) -> None:
+        """Count the refcount blocks, and read each of them once, however often the table names it."""
+        header, table = self._header, np.frombuffer(self.image.world.refcount_table, ">u8")
+        indices = np.flatnonzero(table)
+        offsets = table[indices].astype(np.uint64)
+        reserved = (offsets & np.uint64(REFCOUNT_TABLE_RESERVED)) != 0
+        unaligned = ((offsets & np.uint64(header.cluster_size - 1)) != 0) | (offsets >= np.uint64(MAX_OFFSET))
+        unaligned &= ~reserved
+        outside = ~reserved & ~unaligned & (offsets >= np.uint64(self.image.file.size))
+        self.result.corrupt_each(
+            indices[reserved], lambda index: f"ERROR refcount table entry {index} has reserved bits set"
+        )
+        self.result.corrupt_each(
+            indices[unaligned],
+            lambda index: (
+                f"ERROR refcount block {index} is not cluster aligned; refcount table entry corrupted"
+            ),
+        )
+        self.result.corrupt_each(
+            indices[outside], lambda index: f"ERROR refcount block {index} is outside image"
+        )
+        whole = ~reserved & ~unaligned & ~outside
+        self._count(np.sort(offsets[whole] >> np.uint64(self._bits)).astype(np.int64))
+        # One that is named again counts nothing past the file's end.
+        first = np.zeros(len(offsets), np.bool_)
+        first[np.unique(offsets, return_index=True)[1]] = True
+        whole &= first | (indices * self._per_block < self._end)
+        taken: dict[int, Narrow | None] = {}
+        for index, offset in zip(indices[whole].tolist(), offsets[whole].tolist(), strict=True):
+            if offset not in taken:
+                taken[offset] = self._read_block(offset)
+            block = taken[offset]
+            if block is not None:
+                self.refcounts[index] = block
+
+    def _read_block(self, offset: int) -> Narrow | None:
+        """The refcounts of a block; None for zeroes alone."""
         data = self.image.file.read(offset, self._header.cluster_size)
         block = decode_narrow(data, self._header.refcount_order)
-        if block.any():
-            self._take_memory(block.nbytes)
-            self.refcounts[index] = block
+        if not block.any():
+            return None
+        self._take_memory(block.nbytes)
+        return block
 
     # Trees.
 
@@ -399,6 +423,8 @@ class Walk:
             found = self.references.get(index, nothing)
             said = self.refcounts.get(index, nothing)
             base = index * self._per_block
+            if base >= self._end and index not in self.references:
+                continue
             if base + self._per_block > self._end:
                 # What is counted past the file's end takes no space: no leak, as in QEMU.
                 inside = np.arange(base, base + self._per_block) < self._end
@@ -444,25 +470,30 @@ class Walk:
                 f"refcount={counts[number]}"
             ),
         )
+        offsets, times = np.unique(offsets, return_counts=True)
         for start in range(0, len(offsets), self._rows):
-            self._check_active(self._tables(offsets[start : start + self._rows])[..., 0])
+            end = start + self._rows
+            tables = self._tables(offsets[start:end])[..., 0]
+            for often in np.unique(times[start:end]).tolist():
+                alike = times[start:end] == often
+                self._check_active(tables if alike.all() else tables[alike], often)
 
-    def _check_active(self, words: Entries) -> None:
-        """Count what is allocated, and hold COPIED against the refcounts, of tables in force."""
+    def _check_active(self, words: Entries, times: int) -> None:
+        """Count what is allocated, and hold COPIED against the refcounts, of tables in force, each used so many times."""
         header, result = self._header, self.result
         if not header.has_data_file:
             packed = int(((words & U_COMPRESSED) != 0).sum())
-            result.compressed_clusters += packed
-            result.allocated_clusters += packed
-            result.fragmented_clusters += packed
+            result.compressed_clusters += packed * times
+            result.allocated_clusters += packed * times
+            result.fragmented_clusters += packed * times
         here = self._is_allocated(words)
         plain = words[here]
         hosts = (plain & U_OFFSET).astype(np.int64)
-        result.allocated_clusters += len(plain)
+        result.allocated_clusters += len(plain) * times
         apart = np.diff(hosts) != header.cluster_size
         if len(words) > 1:
             apart &= np.diff(np.nonzero(here)[0]) == 0
-        result.fragmented_clusters += int(apart.sum())
+        result.fragmented_clusters += int(apart.sum()) * times
         # Nothing counts the clusters of a data file: they are the image's own.
         is_counted = not header.has_data_file
         counts = self.refcounts_of(hosts >> self._bits) if is_counted else np.ones(len(hosts), np.int64)
@@ -472,6 +503,7 @@ class Walk:
             lambda number: (
                 f"ERROR OFLAG_COPIED data cluster: l2_entry={plain[number]:x} refcount={counts[number]}"
             ),
+            times,
         )
 
 

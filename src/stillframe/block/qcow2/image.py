@@ -37,7 +37,7 @@ from stillframe.block.qcow2.mapping import (
     l1_entry,
 )
 from stillframe.block.qcow2.marks import Mark
-from stillframe.block.qcow2.metadata import ACTIVE_L2, Metadata
+from stillframe.block.qcow2.metadata import ACTIVE_L2, Metadata, refuse_shared_blocks
 from stillframe.block.qcow2.reading import RunReader
 from stillframe.block.qcow2.snapshot_table import SnapshotEntry, parse_table
 from stillframe.block.qcow2.wholly import wholly
@@ -141,6 +141,7 @@ class Image:
         if self._refcounts is None:
             from stillframe.block.qcow2.refcounts import Refcounts
 
+            refuse_shared_blocks(self.world)
             self._refcounts = Refcounts(self)
         return self._refcounts
 

@@ -9,6 +9,7 @@ from bisect import bisect_left, insort
 from typing import TYPE_CHECKING
 
 from stillframe.block.qcow2.layout import MAX_L1_BYTES, OFFSET_MASK
+from stillframe.errors import ImageCorrupt
 
 if TYPE_CHECKING:
     from stillframe.block.qcow2.image import World
@@ -93,3 +94,16 @@ class Metadata:
             if what and _KINDS[self._kinds[at]] not in what:
                 return
             del self._clusters[at], self._kinds[at]
+
+
+def refuse_shared_blocks(world: "World") -> None:
+    """:raise ImageCorrupt: two entries of the refcount table name one block, which then counts nothing."""
+    import numpy as np
+
+    blocks = np.frombuffer(world.refcount_table, ">u8")
+    blocks = blocks[blocks != 0]
+    if len(np.unique(blocks)) < len(blocks):
+        raise ImageCorrupt(
+            "The refcount table names one refcount block twice",
+            remedy="Run `stillframe image check --repair all` on the image.",
+        )

@@ -37,7 +37,7 @@ from stillframe.errors import ImageCorrupt, LimitReached
 if TYPE_CHECKING:
     from stillframe.block.qcow2.image import Image
 
-BLOCKS_CACHED = 64
+CACHE_BYTES = 64 << 20  # Of refcount blocks as 64-bit numbers; at least one is kept, of 128 MiB at most.
 FIRST_LEASE_BYTES = 2 << 20
 LARGEST_LEASE_BYTES = 128 << 20
 LEASE_GROWTH = 8
@@ -119,7 +119,7 @@ class Refcounts:
 
     def _remember(self, index: int, block: Counts) -> None:
         self._blocks[index] = block
-        while len(self._blocks) > BLOCKS_CACHED:
+        while len(self._blocks) > max(1, CACHE_BYTES // (8 * self._per_block)):
             self._blocks.popitem(last=False)
 
     def _store(self, index: int, first: int, end: int) -> Written:

@@ -12,7 +12,7 @@ from stillframe.block.node import Node
 from stillframe.block.qcow2.changes import own_again, switch_now
 from stillframe.block.qcow2.check import CheckResult, Walk, refuse_if_unreadable
 from stillframe.block.qcow2.image import Image, World
-from stillframe.block.qcow2.layout import CORRUPT, DIRTY, REFCOUNT_TABLE_RESERVED, aligned
+from stillframe.block.qcow2.layout import CORRUPT, DIRTY, MAX_OFFSET, REFCOUNT_TABLE_RESERVED
 from stillframe.block.qcow2.shadow import Shadow, l1_words, pack_words
 from stillframe.block.qcow2.unfinished import refuse_if_withheld
 from stillframe.block.qcow2.widths import runs_of
@@ -47,9 +47,13 @@ def repair_open(image: Image, what: What) -> CheckResult:
         return first.result
     _forget_impossible_blocks(image)
     held = _hold_uncounted(image, first)
+    per_block = image.header.refcounts_in_block
 
     def build(shadow: Shadow) -> World:
         for index in sorted(first.references.keys() | first.refcounts.keys()):
+            if index not in first.references and index * per_block * image.cluster_size >= image.file.size:
+                # What is counted past the file's end takes no space.
+                continue
             nothing = np.zeros(image.header.refcounts_in_block, np.int64)
             found = first.references.get(index, nothing).astype(np.int64)
             said = first.refcounts.get(index, nothing).astype(np.int64)
@@ -72,17 +76,13 @@ def repair_open(image: Image, what: What) -> CheckResult:
 
 
 def _forget_impossible_blocks(image: Image) -> None:
-    """Entries of the refcount table that point where no block can be count as no block."""
-    table = image.world.refcount_table
-    words = np.frombuffer(bytes(table), ">u8")
-    for index in np.flatnonzero(words).tolist():
-        offset = int(words[index])
-        if (
-            offset & REFCOUNT_TABLE_RESERVED
-            or not aligned(offset, image.cluster_size - 1)
-            or offset >= image.file.size
-        ):
-            table[index * 8 : index * 8 + 8] = bytes(8)
+    """Entries of the refcount table that point where no block can be, or where another's is, count as no block."""
+    words = np.frombuffer(bytes(image.world.refcount_table), ">u8").astype(np.uint64)
+    inside = np.uint64(REFCOUNT_TABLE_RESERVED | (image.cluster_size - 1))
+    possible = ((words & inside) == 0) & (words < np.uint64(min(image.file.size, MAX_OFFSET)))
+    first = np.zeros(len(words), np.bool_)
+    first[np.unique(words, return_index=True)[1]] = True
+    image.world.refcount_table[:] = np.where(possible & first, words, np.uint64(0)).astype(">u8").tobytes()
 
 
 def _hold_uncounted(image: Image, walk: Walk) -> list[tuple[int, int]]:

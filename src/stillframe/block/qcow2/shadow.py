@@ -303,6 +303,12 @@ def read_tables(image: Image, offsets: Entries) -> Iterator[tuple[slice, Entries
             f"L2 table offset {int(offsets[wrong][0]):#x} is not the start of a cluster inside the image file",
             remedy="Run `stillframe image check` on the image.",
         )
+    if len(offsets) * size > max(image.file.size + size, TABLES_AT_ONCE):
+        # Named again and again: following them all could take for ever.
+        raise ImageCorrupt(
+            "An L1 table names more L2 tables than the image file holds",
+            remedy="Run `stillframe image check` on the image.",
+        )
     at_once = max(1, TABLES_AT_ONCE // size)
     for start in range(0, len(offsets), at_once):
         part = offsets[start : start + at_once]
