@@ -271,6 +271,10 @@ class SnapshotStore(Protocol):
         """
         ...
 
+    def shows(self, snapshot: SnapshotInfo) -> bool:
+        """Whether the node is known to be, byte for byte, what the snapshot shows, so that a revert has nothing to do."""
+        ...
+
     def prepare_revert(self, snapshot: SnapshotInfo) -> Change:
         """Make this snapshot's content, and disk size, the node's own. The state area is not mapped.
 

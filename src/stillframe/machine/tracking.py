@@ -17,7 +17,6 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -50,6 +49,11 @@ _HASHED_AT_ONCE = 256
 class Changes(ABC):
     """What a save has taken: the pages that changed between the ground and the save's instant."""
 
+    @property
+    def flags(self) -> "Mapping[str, npt.NDArray[np.bool_]] | None":
+        """One a page, by the block's name; None where only reading the memory can tell."""
+        return None
+
     @abstractmethod
     def pages(self, block: MemoryBlock, memory: FrozenMemory) -> PageNumbers:
         """Of one block. :param memory: the save's, by which a hash can be told. :raise IOFailed: see `FrozenMemory`."""
@@ -59,6 +63,8 @@ class Tracking(ABC):
     """See the module's text. `take` is called at a boundary; all calls come from one thread at a time."""
 
     how: str
+    reads_memory: bool
+    """Whether changes can be told only by reading all of the memory."""
 
     @abstractmethod
     def take(self) -> Changes: ...
@@ -78,14 +84,16 @@ class Tracking(ABC):
         """Track no more; a second time, nothing."""
 
 
-@dataclass(frozen=True, slots=True)
 class _TakenPages(Changes):
-    """:param flags: one an page, by the block's name."""
+    def __init__(self, flags: Mapping[str, npt.NDArray[np.bool_]]) -> None:
+        self._flags = flags
 
-    flags: Mapping[str, npt.NDArray[np.bool_]]
+    @property
+    def flags(self) -> Mapping[str, npt.NDArray[np.bool_]]:
+        return self._flags
 
     def pages(self, block: MemoryBlock, memory: FrozenMemory) -> PageNumbers:
-        return np.flatnonzero(self.flags[block.name])
+        return np.flatnonzero(self._flags[block.name])
 
 
 class KernelTracking(Tracking):
@@ -95,6 +103,7 @@ class KernelTracking(Tracking):
     """
 
     how = "kernel"
+    reads_memory = False
 
     def __init__(self, memory: GuestMemory) -> None:
         self._blocks: Sequence[MemoryBlock] = [block for block in memory if block.size]
@@ -166,6 +175,7 @@ class HashTracking(Tracking):
     """
 
     how = "hashes"
+    reads_memory = True
 
     def __init__(self, algorithm: HashName = "xxh3") -> None:
         self.ground: Mapping[str, npt.NDArray[np.void]] = {}

@@ -9,12 +9,14 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from uuid import UUID
 
 from stillframe.block.node import PageIndexPlace, SnapshotInfo
 from stillframe.errors import Corrupt, StillframeError
 from stillframe.machine.machine import Machine
 from stillframe.machine.tracking import Changes, HashName, Tracking, track
+from stillframe.snapshots.rewind import NearbyMemory, PageCache
 from stillframe.snapshots.selection import SnapshotNode
 from stillframe.vmstate.page_index import PageIndex, unpack_page_index
 from stillframe.vmstate.ram import RamBlock
@@ -50,6 +52,7 @@ class Ground:
         self._algorithm = algorithm
         self._tracking: Tracking | None = None
         self._index: PageIndex | None = None
+        self._cache = PageCache()
         self.snapshot: UUID | None = None
 
     def take(self) -> Changes:
@@ -69,12 +72,12 @@ class Ground:
         """The save that took `changes` came to nothing."""
         self._followed.put_back(changes)
 
-    def stand_here(self, snapshot: UUID | None) -> None:
-        """Held, at the end of a load: the machine is what this snapshot shows."""
+    def stand_here(self, snapshot: UUID | None, index: PageIndex | None = None) -> None:
+        """Held, at the end of a load: the machine is what this snapshot shows. :param index: where its pages lie, if known."""
         if self._tracking is None:
             self._tracking = track(self._machine.memory, self._algorithm)
         self._tracking.stand_here()
-        self.snapshot, self._index = snapshot, None
+        self.snapshot, self._index = snapshot, index
 
     @property
     def _followed(self) -> Tracking:
@@ -88,6 +91,48 @@ class Ground:
             self._tracking.close()
             self._tracking = None
             self.snapshot = None
+
+    def nearby(self, node: SnapshotNode, snapshot: SnapshotInfo) -> NearbyMemory | None:
+        """The way back to a snapshot with the machine state on `node`, if it is so near that not all of it is to be read.
+
+        That is the snapshot that the machine stands on, and the one that this continues.
+        """
+        lineage = snapshot.lineage
+        if self._tracking is None or self._tracking.reads_memory or self.snapshot is None:
+            return None
+        if lineage is None or lineage.page_index is None:
+            return None
+        blocks = [RamBlock(block.name, block.size) for block in self._machine.memory]
+        ours = next((s for s in node.store.snapshots() if _identity(s) == self.snapshot), None)
+        if ours is None or ours.lineage is None or ours.lineage.page_index is None:
+            return None
+        is_parent = (
+            ours.lineage.parent == lineage.snapshot
+            and ours.lineage.page_index.stream == lineage.page_index.stream
+        )
+        if self.snapshot != lineage.snapshot and not is_parent:
+            return None
+        try:
+            index = self._index_of(node, ours, ours.lineage.page_index, blocks)
+            there = index
+            if is_parent:
+                there = read_page_index(node, snapshot, lineage.page_index, blocks)
+        except Corrupt as error:
+            _log.info("The whole machine state is read: the page index cannot be used: %s", error.message)
+            return None
+        differing = {name: index.offsets[name] != there.offsets[name] for name in index.offsets}
+        self._cache.use_for(lineage.snapshot, there)
+        return NearbyMemory(
+            self._machine.memory, there, differing, partial(node.store.read_state, snapshot), self._cache
+        )
+
+    def _index_of(
+        self, node: SnapshotNode, snapshot: SnapshotInfo, place: PageIndexPlace, blocks: Sequence[RamBlock]
+    ) -> PageIndex:
+        """The ground's own, remembered."""
+        if self._index is None or self._index.blocks != tuple(blocks):
+            self._index = read_page_index(node, snapshot, place, blocks)
+        return self._index
 
     def base(self, node: SnapshotNode, blocks: Sequence[RamBlock]) -> Base | None:
         """The snapshot on `node` whose stream a save of these blocks of memory can continue."""
@@ -105,12 +150,10 @@ class Ground:
             return None, f"snapshot '{parent.name}' has no page index"
         if place.ram_size != sum(block.length for block in blocks):
             return None, f"snapshot '{parent.name}' is of another size of memory"
-        index = self._index
-        if index is None or index.blocks != tuple(blocks):
-            try:
-                index = read_page_index(node, parent, place, blocks)
-            except StillframeError as error:
-                return None, f"the page index of snapshot '{parent.name}' cannot be used: {error.message}"
+        try:
+            index = self._index_of(node, parent, place, blocks)
+        except StillframeError as error:
+            return None, f"the page index of snapshot '{parent.name}' cannot be used: {error.message}"
         if index.record_bytes - index.live_bytes > STALE_AT_MOST * index.record_bytes:
             return None, f"more than half of the records in the state of '{parent.name}' are out of force"
         return Base(parent, index, place.stream), ""

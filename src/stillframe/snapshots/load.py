@@ -1,7 +1,8 @@
 """Loading: the machine becomes what a snapshot shows, or stays what it is.
 
     1  the whole stream is read while the guest runs: sections, versions, fields and sizes are checked
-       against this machine, and the memory is gathered beside the guest's
+       against this machine, and the memory is gathered beside the guest's; of a snapshot nearby (rewind.py)
+       the devices alone are read here, and in 2 the pages that differ
     2  pause; the undo point: the devices' present state
     3  every image is prepared; then the switches to the snapshot's disks, the state node's last
     4  memory is exchanged, devices take their state over
@@ -14,7 +15,7 @@ guest goes on.
 
 import errno
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from stillframe.block.node import GroupKind
 from stillframe.errors import Corrupt, IOFailed, StateMismatch, StillframeError
@@ -24,12 +25,16 @@ from stillframe.machine.run_state import RunState
 from stillframe.snapshots.context import Context, told
 from stillframe.snapshots.ground import Ground
 from stillframe.snapshots.group import Step, all_or_none
+from stillframe.snapshots.rewind import NearbyMemory
 from stillframe.snapshots.selection import Found, LoadSelection
 from stillframe.snapshots.staging import StagedMemory, refuse_without_room
 from stillframe.vmstate.fields import Description, Values
 from stillframe.vmstate.sections import GLOBAL_STATE, GLOBAL_STATE_KEY, SectionKey
-from stillframe.vmstate.stream import Survey, survey
-from stillframe.vmstate.transfer import StateSource
+from stillframe.vmstate.stream import Survey, survey, survey_devices
+from stillframe.vmstate.transfer import CHUNK, StateSource
+
+_DEVICES_TRANSFER = 16 << 10
+"""Bytes: the devices' part of a state is some ten thousand."""
 
 
 def load(
@@ -45,14 +50,15 @@ def load(
     state = selection.state.snapshot
     total = state.state_size + 1
     context.progress(0, total)
-    refuse_without_room(min(state.state_size, sum(block.size for block in machine.memory)))
-    staged = StagedMemory(machine.memory)
-    with _explained():
-        found = _survey(machine, selection.state, staged, context, total)
-        values = _checked(machine, found)
+    memory, values = _checked_state(machine, selection.state, context, total, ground)
     context.checkpoint()
-    with machine.hold(RunState.RESTORE_VM):
-        with _undo_point(machine, staged) as exchange:
+    with ExitStack() as undo, machine.hold(RunState.RESTORE_VM):
+        if isinstance(memory, NearbyMemory) and ground is not None:
+            changes = ground.take()
+            undo.callback(ground.put_back, changes)
+            with _explained():
+                memory.stage(changes.flags or {})
+        with _undo_point(machine, memory) as exchange:
             with all_or_none(
                 _reverts(selection), before_commit=context.point_of_no_return, kind=GroupKind.LOAD
             ):
@@ -60,16 +66,33 @@ def load(
                 with _explained():
                     for device in machine.devices:
                         device.load_state(values[_key(device)])
+        undo.pop_all()
         if ground is not None:
-            ground.stand_here(state.lineage.snapshot if state.lineage else None)
+            index = memory.index if isinstance(memory, NearbyMemory) else None
+            ground.stand_here(state.lineage.snapshot if state.lineage else None, index)
         machine.new_generation_id()
         if machine.run_state.needs_reset:
             machine.set_run_state(RunState.PAUSED)
     context.progress(total, total)
 
 
+def _checked_state(
+    machine: Machine, found: Found, context: Context, total: int, ground: Ground | None
+) -> tuple[NearbyMemory | StagedMemory, Mapping[SectionKey, Values]]:
+    """While the guest runs: what its memory is to become, and each device's values, that it can take."""
+    with _explained():
+        nearby = ground.nearby(found.node, found.snapshot) if ground is not None else None
+        if nearby is not None:
+            source, known = _source(machine, found, context, total, transfer=_DEVICES_TRANSFER)
+            return nearby, _checked(machine, survey_devices(source, machine.board.name, known, nearby.index))
+        refuse_without_room(min(found.snapshot.state_size, sum(block.size for block in machine.memory)))
+        staged = StagedMemory(machine.memory)
+        source, known = _source(machine, found, context, total)
+        return staged, _checked(machine, survey(source, machine.board.name, known, staged))
+
+
 @contextmanager
-def _undo_point(machine: Machine, staged: StagedMemory) -> Iterator[Callable[[], None]]:
+def _undo_point(machine: Machine, staged: NearbyMemory | StagedMemory) -> Iterator[Callable[[], None]]:
     """Held: memory and devices as they are now, put back if the block raises, after it has put the disks
     back.
 
@@ -106,7 +129,10 @@ def _explained() -> Iterator[None]:
             raise
 
 
-def _survey(machine: Machine, found: Found, staged: StagedMemory, context: Context, total: int) -> Survey:
+def _source(
+    machine: Machine, found: Found, context: Context, total: int, transfer: int = CHUNK
+) -> tuple[StateSource, Mapping[SectionKey, Description]]:
+    """The stream, and the sections that this machine can take."""
     store, snapshot = found.node.store, found.snapshot
     known: dict[SectionKey, Description] = {_key(device): device.description for device in machine.devices}
     known[GLOBAL_STATE_KEY] = GLOBAL_STATE
@@ -118,9 +144,10 @@ def _survey(machine: Machine, found: Found, staged: StagedMemory, context: Conte
     source = StateSource(
         lambda offset, length: store.read_state(snapshot, offset, length),
         snapshot.state_size,
+        transfer=transfer,
         on_read=on_read,
     )
-    return survey(source, machine.board.name, known, staged)
+    return source, known
 
 
 def _checked(machine: Machine, found: Survey) -> Mapping[SectionKey, Values]:
@@ -144,10 +171,10 @@ def _checked(machine: Machine, found: Survey) -> Mapping[SectionKey, Values]:
 
 
 def _reverts(selection: LoadSelection) -> list[Step]:
-    """The state node's switch comes last, as in a save."""
+    """The state node's switch comes last, as in a save. A node that is what its snapshot shows has nothing to do."""
     in_order = [found for found in selection.all if found.node is not selection.state.node]
     in_order += [found for found in selection.all if found.node is selection.state.node]
-    return [_revert(found) for found in in_order]
+    return [_revert(found) for found in in_order if not found.node.store.shows(found.snapshot)]
 
 
 def _revert(found: Found) -> Step:

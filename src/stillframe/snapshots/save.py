@@ -11,7 +11,8 @@ there before is touched by 1 to 3, and whatever fails or is cancelled up to the 
 
 import logging
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from uuid import UUID, uuid4
@@ -60,15 +61,19 @@ def save(
     :return: the UUID of the state node's snapshot.
     :raise Cancelled: nothing is left behind. :raise Failed: storage; nothing is left behind.
     """
-    ground = Ground(machine) if ground is None else ground
     total = sum(block.size for block in machine.memory) + 1
     context.progress(0, total)
     for node in selection.nodes:
         context.checkpoint()
         node.node.flush()
     run_state = machine.run_state
-    parent = ground.snapshot
-    with frozen_nodes() as frozen, frozen_memory(machine.memory) as memory, ExitStack() as undo:
+    with (
+        _ground_for(machine, ground) as ground,
+        frozen_nodes() as frozen,
+        frozen_memory(machine.memory) as memory,
+        ExitStack() as undo,
+    ):
+        parent = ground.snapshot
         with machine.hold(RunState.SAVE_VM):
             instant = _take(machine, run_state)
             frozen.freeze(selection.nodes)
@@ -84,6 +89,19 @@ def save(
         ground.stand(identity, index, changes)
     context.progress(total, total)
     return identity
+
+
+@contextmanager
+def _ground_for(machine: Machine, ground: Ground | None) -> Iterator[Ground]:
+    """The caller's, or one for this save alone."""
+    if ground is not None:
+        yield ground
+        return
+    own = Ground(machine)
+    try:
+        yield own
+    finally:
+        own.close()
 
 
 def _take(machine: Machine, run_state: RunState) -> Instant:

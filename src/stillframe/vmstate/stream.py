@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stillframe.errors import StateMismatch
+from stillframe.errors import StateMismatch, StreamCorrupt
 from stillframe.vmstate import layout
 from stillframe.vmstate.description import describe
 from stillframe.vmstate.fields import Description, decode, encode
@@ -20,6 +20,7 @@ from stillframe.vmstate.ram import (
     PAGE_SIZE,
     ZERO_RECORD,
     Addresses,
+    Pages,
     PageVisitor,
     RamBlock,
     RamReader,
@@ -201,6 +202,29 @@ def survey(
     return _Surveyor(source, descriptions, pages).survey(machine)
 
 
+def survey_devices(
+    source: StateSource, machine: str, descriptions: Mapping[SectionKey, Description], index: PageIndex
+) -> Survey:
+    """`survey` of a stream of ours whose pages are known: what lies before and behind the PARTs.
+
+    :raise StreamCorrupt: :raise StateMismatch: as `survey`.
+    """
+    return _Surveyor(source, descriptions, _NoPages()).survey(machine, index)
+
+
+class _NoPages:
+    """A visitor for what holds no pages."""
+
+    def blocks(self, blocks: Sequence[RamBlock]) -> None:
+        raise StreamCorrupt("The machine state lists its memory behind the end that its page index gives")
+
+    def pages(self, block: RamBlock, addresses: Addresses, pages: Pages, offset: int) -> None:
+        raise StreamCorrupt("The machine state has pages behind the end that its page index gives")
+
+    def zeroes(self, block: RamBlock, addresses: Addresses) -> None:
+        raise StreamCorrupt("The machine state has pages behind the end that its page index gives")
+
+
 class _Surveyor:
     def __init__(
         self, source: StateSource, descriptions: Mapping[SectionKey, Description], pages: PageVisitor
@@ -213,7 +237,8 @@ class _Surveyor:
         self._ram_id = -1
         self._ram_ended = False
 
-    def survey(self, machine: str) -> Survey:
+    def survey(self, machine: str, index: PageIndex | None = None) -> Survey:
+        """:param index: leaves out all that lies before the end of its last PART, but for the head."""
         source = self._source
         saved_on = self._head()
         if saved_on != machine:
@@ -221,6 +246,9 @@ class _Surveyor:
                 f"Machine type received is '{saved_on}' and local is '{machine}'",
                 remedy=f"Start a machine with the board '{saved_on}'.",
             )
+        if index is not None:
+            source.seek(index.parts_end)
+            self._ram, self._ram_id = RamReader(source, self._pages), RAM_SECTION_ID
         while True:
             source.section = f"the section after byte {source.offset}"
             kind = source.u8()
@@ -237,9 +265,10 @@ class _Surveyor:
         if self._ram is not None and not self._ram_ended:
             raise source.corrupt("The memory's section has no end")
         description = self._description()
+        blocks = None if self._ram is None else self._ram.block_list
         return Survey(
             saved_on,
-            None if self._ram is None else self._ram.block_list,
+            blocks if index is None else index.blocks,
             self._sections,
             source.offset,
             description,

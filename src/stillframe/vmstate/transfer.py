@@ -76,6 +76,7 @@ class StateSource:
     """A stream to be read in order, from `read(offset, length)`. Nothing in it is trusted.
 
     :param size: bytes that the stream may have; what lies behind is never read.
+    :param transfer: bytes of one, and its alignment.
     :param on_read: called with the offset before each transfer, some 500 times a GiB; raises to end the
         reading.
     """
@@ -85,10 +86,12 @@ class StateSource:
         read: Callable[[int, int], bytes],
         size: int,
         *,
+        transfer: int = CHUNK,
         on_read: Callable[[int], None] = lambda offset: None,
     ) -> None:
         self._read = read
         self._size = size
+        self._transfer = transfer
         self._on_read = on_read
         self._data = memoryview(b"")
         self._start = 0
@@ -115,10 +118,14 @@ class StateSource:
             raise self.corrupt("The machine state ends too early")
         start = self.offset
         self._on_read(start)
-        data = self._read(start, min(max(length, CHUNK - start % CHUNK), self.remaining))
+        data = self._read(start, min(max(length, self._transfer - start % self._transfer), self.remaining))
         self._data, self._start, self._at = memoryview(data), start, 0
         if len(data) < length:
             raise self.corrupt("The machine state ends too early")
+
+    def seek(self, offset: int) -> None:
+        """Go on from another place."""
+        self._data, self._start, self._at = memoryview(b""), offset, 0
 
     def take(self, length: int) -> bytes:
         """The next `length` bytes. :raise StreamCorrupt: there are fewer."""

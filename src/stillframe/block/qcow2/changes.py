@@ -65,6 +65,7 @@ class SwitchChange:
         self._old = shadow.old
         self._new = new
         self._pending = pending
+        self._shown: bytes | None = None
         self._stage = Stage.PREPARED
         self._lease: list[tuple[int, int]] = []
         self._mark: Mark | None = None
@@ -95,6 +96,10 @@ class SwitchChange:
         image.found_mark = None
         if mark.decides:
             self.carry(self._staged(GroupStage.COMMITTED), barred=self._barred)
+
+    def show(self, snapshot: bytes) -> None:
+        """Once it is finished, the disk is what the snapshot of this id shows."""
+        self._shown = snapshot
 
     def carry(self, mark: Mark, *, barred: bool) -> None:
         """Before `commit`: this mark goes into the header with the switch."""
@@ -144,6 +149,7 @@ class SwitchChange:
         image = self._image
         freed = self._shadow.freed()
         try:
+            self._note_what_is_shown()
             if self._pending is not None:
                 with image.gate.lock:
                     self._pending.end()
@@ -156,6 +162,16 @@ class SwitchChange:
         finally:
             self._over()
         self._punch(freed)
+
+    def _note_what_is_shown(self) -> None:
+        image = self._image
+        with image.gate.lock:
+            if self._pending is not None and image.shows is self._pending:
+                image.shows = self._new.snapshots[-1].id
+            elif self._shown is not None:
+                image.shows = self._shown
+            elif image.shows not in {entry.id for entry in self._new.snapshots}:
+                image.shows = None
 
     def _punch(self, freed: list[tuple[int, int]]) -> None:
         """Give space back while the guest goes on, which can take long: nothing of it is handed out before."""
@@ -376,7 +392,9 @@ def prepare_revert(image: Image, entry: SnapshotEntry) -> Change:
                 new[indices[changed]] = shadow.place_tables(shared) | U_COPIED
         return shadow.world(l1=pack_words(new), snapshots=None, size=size)
 
-    return _switch(image, build)
+    change = _switch(image, build)
+    change.show(entry.id)
+    return change
 
 
 def prepare_delete(image: Image, entry: SnapshotEntry) -> SwitchChange:

@@ -100,6 +100,8 @@ class Image:
         self.mapping = Mapping(self.file, self.world.header)
         self.l2 = self.mapping.l2
         self.pending: Pending | None = None
+        self.shows: Pending | bytes | None = None
+        """What the disk is known to be equal to: a frozen instant, or the snapshot of this id. Every change of it forgets."""
         self.broken: str | None = None
         self.is_in_doubt = False
         self.has_bitmaps = False

@@ -294,5 +294,5 @@ def freeze(image: Image) -> Pending:
         image.refuse_if_broken()
         if image.pending is not None or image.gate.is_switching:
             raise InUse("Another pending snapshot of the image has not been committed or abandoned")
-        image.pending = pending = Pending(image)
+        image.pending = image.shows = pending = Pending(image)
         return pending

@@ -21,6 +21,8 @@ def truncate(image: Image, size: int) -> None:
     :raise Unsupported: a version 2 image with snapshots, or one with a snapshot that does not record its disk's size.
     :raise InUse: a snapshot is pending.
     """
+    with image.gate.lock:
+        image.shows = None
     image.refuse_if_broken()
     old = image.header
     if size < 0 or size % 512:

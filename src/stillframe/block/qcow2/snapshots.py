@@ -23,7 +23,7 @@ class Snapshots:
 
     def __init__(self, image: Image) -> None:
         self._image = image
-        self._last_area: tuple[tuple[SnapshotEntry, ...], StateArea] | None = None
+        self._last_area: tuple[tuple[SnapshotEntry, ...], SnapshotInfo, StateArea] | None = None
 
     def snapshots(self) -> Sequence[SnapshotInfo]:
         """See `SnapshotStore`."""
@@ -39,6 +39,12 @@ class Snapshots:
         """See `SnapshotStore`."""
         refuse_if_withheld(self._image)
         return freeze(self._image)
+
+    def shows(self, snapshot: SnapshotInfo) -> bool:
+        """See `SnapshotStore`."""
+        image = self._image
+        with image.gate.lock:
+            return image.shows == find(image, snapshot).id
 
     def prepare_revert(self, snapshot: SnapshotInfo) -> Change:
         """See `SnapshotStore`.
@@ -103,9 +109,9 @@ class Snapshots:
         """Of a snapshot; the last one is remembered, for as long as the list stays what it is."""
         listed = self._image.world.snapshots
         known = self._last_area
-        if known is None or known[0] is not listed or known[1].entry is not find(self._image, snapshot):
-            known = self._last_area = (listed, StateArea(self._image, snapshot))
-        return known[1]
+        if known is None or known[0] is not listed or known[1] is not snapshot:
+            known = self._last_area = (listed, snapshot, StateArea(self._image, snapshot))
+        return known[2]
 
     def _find(self, snapshot: SnapshotInfo) -> SnapshotEntry:
         return find(self._image, snapshot)

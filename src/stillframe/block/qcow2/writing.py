@@ -36,6 +36,7 @@ def write(image: Image, offset: int, data: memoryview) -> None:
 
 def note_guest_change(image: Image) -> None:
     """Before the disk's content changes. Lock held. :raise IOFailed: persistent bitmaps would not know of it."""
+    image.shows = None
     if image.has_current_bitmaps:
         from stillframe.block.qcow2.bitmaps import mark_in_use
 
