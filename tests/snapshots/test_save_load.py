@@ -464,6 +464,9 @@ def test_the_state_nodes_switch_is_the_commit_of_the_group(tmp_path: Path) -> No
         ]
         before = journal[: journal.index("STOP")]
         assert {"flush member", "flush state"} <= set(before)
+        assert switches_of(lambda: do_load(machine, nodes, "one", vmstate="state")) == []
+        for node in nodes:
+            node.write(0, b"a disk that is to be reverted")
         assert switches_of(lambda: do_load(machine, nodes, "one", vmstate="state")) == [
             "switch member",
             "switch state",
