@@ -13,7 +13,11 @@ from stillframe.block.qcow2.check import check
 
 pytestmark = pytest.mark.usefixtures("every_qemu")
 
-KINDS = {"plain": [], "data file": ["data_file=data.raw"]}
+KINDS: dict[str, list[str]] = {
+    "plain": [],
+    "extended": ["extended_l2=on"],
+    "data file": ["data_file=data.raw"],
+}
 COPIED, COMPRESSED = 1 << 63, 1 << 62
 
 
@@ -96,3 +100,24 @@ def test_damaged_entries_are_told_in_qemus_words(kind: str, tmp_path: Path) -> N
         said[name] = agree(image.path)
     quiet = {"twice", "past the end"} if kind == "data file" else set()
     assert {name for name, lines in said.items() if not lines} <= quiet
+
+
+def test_impossible_parts_of_clusters_are_told_in_qemus_words(tmp_path: Path) -> None:
+    image = Damaged(tmp_path, "extended")
+    whole = image.path.read_bytes()
+    first = image.word(image.at(1))
+    damages = [
+        [(image.at(1, 1), 0x00000001FFFFFFFF)],
+        [(image.at(9, 1), 1)],
+        [(image.at(1), COMPRESSED | (first & ~COPIED))],
+        [(image.at(1), first + 512), (image.at(1, 1), 0xFFFFFFFF00000000)],
+    ]
+    for changes in damages:
+        image.path.write_bytes(whole)
+        for at, value in changes:
+            image.change(at, value)
+        assert agree(image.path)
+    for at, value in ((image.at(1), first | 1), (image.at(1, 1), 0xFFFFFFFF00000000)):
+        image.path.write_bytes(whole)
+        image.change(at, value)
+        assert agree(image.path) == []

@@ -473,16 +473,18 @@ class Walk:
         offsets, times = np.unique(offsets, return_counts=True)
         for start in range(0, len(offsets), self._rows):
             end = start + self._rows
-            tables = self._tables(offsets[start:end])[..., 0]
+            tables = self._tables(offsets[start:end])
             for often in np.unique(times[start:end]).tolist():
                 alike = times[start:end] == often
                 self._check_active(tables if alike.all() else tables[alike], often)
 
-    def _check_active(self, words: Entries, times: int) -> None:
+    def _check_active(self, tables: Entries, times: int) -> None:
         """Count what is allocated, and hold COPIED against the refcounts, of tables in force, each used so many times."""
         header, result = self._header, self.result
+        words = tables[..., 0]
         if not header.has_data_file:
-            packed = int(((words & U_COMPRESSED) != 0).sum())
+            whole = tables[..., 1] == 0 if header.has_extended_l2 else True
+            packed = int((((words & U_COMPRESSED) != 0) & whole).sum())
             result.compressed_clusters += packed * times
             result.allocated_clusters += packed * times
             result.fragmented_clusters += packed * times
