@@ -147,13 +147,15 @@ class SwitchChange:
         if self._stage is not Stage.COMMITTED:
             return
         image = self._image
-        freed = self._shadow.freed()
+        freed: list[tuple[int, int]] = []
         try:
-            self._note_what_is_shown()
+            # First: whatever goes wrong from here on, nobody may give the state of a snapshot back that is on the list.
             if self._pending is not None:
                 with image.gate.lock:
                     self._pending.end()
                     self._pending.release_state()
+            self._note_what_is_shown()
+            freed = self._shadow.freed()
             image.gate.let_writes_go()
             with image.gate.lock:
                 image.gate.wait_until_quiet()
