@@ -54,7 +54,8 @@ crash: $(STAMP) peers ## 50,000 states in which a crash can leave an image, each
 	mkdir -p build/crash
 	PYTHONPATH=tests $(BIN)/python -m qcow2.crash_run --states 50000 --jobs $(JOBS) --folder build/crash $(CRASH_ARGS)
 
-stress: $(STAMP) peers ## a busy machine killed over and over, ten minutes; STRESS_ARGS="--minutes N --rounds N --seed N"
+stress: $(STAMP) peers ## snapshots of a guest that never rests, two minutes, then a busy machine killed over and over, ten; STRESS_ARGS="--minutes N --rounds N --seed N"
+	$(BIN)/python tests/storm.py
 	$(BIN)/python tests/stress.py $(STRESS_ARGS)
 
 bench: $(STAMP) peers ## figures beside a peer's in the same run
