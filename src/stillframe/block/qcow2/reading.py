@@ -1,5 +1,6 @@
 """Runs of a tree (mapping.py) made into bytes: data, compressed data, what lies below, zeroes."""
 
+import ctypes
 import threading
 
 from stillframe.block.node import Node
@@ -9,9 +10,6 @@ from stillframe.block.qcow2.l2_entry import packed_place
 from stillframe.block.qcow2.layout import Header
 from stillframe.block.qcow2.mapping import DATA, PACKED, UNALLOCATED, Run
 from stillframe.errors import ImageCorrupt, InvalidRequest
-
-_ZEROES = bytes(256 << 10)
-"""Small enough to stay in the processor's cache while it is copied from."""
 
 
 class RunReader:
@@ -90,6 +88,5 @@ def _without_data() -> InvalidRequest:
 
 
 def _zero(buffer: memoryview) -> None:
-    for at in range(0, len(buffer), len(_ZEROES)):
-        part = buffer[at : at + len(_ZEROES)]
-        part[:] = _ZEROES[: len(part)]
+    if buffer:
+        ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(buffer)), 0, len(buffer))
