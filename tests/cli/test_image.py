@@ -239,6 +239,37 @@ def test_a_disk_can_have_a_data_file_of_its_own(options: str, tmp_path: Path) ->
     assert_one_sentence(refused, "external data file cannot be compressed")
 
 
+@pytest.mark.usefixtures("every_qemu")
+def test_extended_l2_goes_with_backing_files_preallocation_compression_and_snapshots(image: Path) -> None:
+    over, packed = image.with_name("over.qcow2"), image.with_name("packed.qcow2")
+    wanted = "extended_l2=on,preallocation=metadata"
+    made = in_process("image", "create", "-q", "-o", wanted, "-b", "disk.qcow2", "-F", "qcow2", over)
+    assert made.code == 0, made
+    assert "Images are identical" in qemu_img("compare", image, over)
+    assert in_process("image", "snapshot", "create", over, "before").code == 0
+    assert "failed" not in qemu_io(
+        over, "write -P 2 2k 2k", "read -P 1 0 2k", "read -P 2 2k 2k", "read -P 1 4k 60k"
+    )
+    assert "No errors" in qemu_img("check", over)
+    assert in_process("image", "convert", "-c", "-O", "qcow2", "-o", "extended_l2=on", over, packed).code == 0
+    shown = json.loads(qemu_img("info", "--output=json", packed))
+    assert shown["format-specific"]["data"]["extended-l2"] is True
+    assert "Images are identical" in qemu_img("compare", over, packed)
+    assert "compressed clusters" in qemu_img("check", packed)
+    assert "failed" not in qemu_io(
+        packed, "write -P 3 4k 2k", "read -P 2 2k 2k", "read -P 3 4k 2k", "read -P 1 6k 58k"
+    )
+    assert "No errors" in qemu_img("check", packed)
+    assert in_process("image", "snapshot", "apply", over, "before").code == 0
+    assert "Images are identical" in qemu_img("compare", image, over)
+    assert in_process("image", "snapshot", "delete", over, "before").code == 0
+    assert "No errors" in qemu_img("check", over)
+    assert_one_sentence(
+        in_process("image", "create", "-o", "extended_l2=on,cluster_size=8k", image.with_name("no"), "1M"),
+        "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
+    )
+
+
 @pytest.mark.parametrize("how", ["falloc", "full"])
 def test_space_is_taken_for_a_raw_image_where_asked(how: str, tmp_path: Path) -> None:
     path = tmp_path / "disk.raw"

@@ -309,6 +309,19 @@ _NOT_OF_VERSION_2 = frozenset(
 )
 _WITHOUT_SNAPSHOTS = ("allocate in a plain image", "discard in a plain image", "grow", "shrink")
 
+_WITH_EXTENDED_L2 = (
+    "allocate",
+    "overwrite",
+    "zero and discard",
+    "overwrite compressed",
+    "grow with snapshots",
+    "shrink with snapshots",
+    "create",
+    "revert",
+    "delete",
+    "repair leaks",
+)
+
 _DATA_FILES = ((512, "own"), (4096, "raw"), (65536, "own"))
 
 
@@ -322,6 +335,7 @@ def _cases() -> list[tuple[str, Options]]:
     ]
     cases += [(name, Options(4096, 16, "0.10")) for name in OPERATIONS if name not in _NOT_OF_VERSION_2]
     cases += [(name, Options(512, 1)) for name in _WITHOUT_SNAPSHOTS]
+    cases += [(name, Options(16384, extended_l2=True)) for name in _WITH_EXTENDED_L2]
     cases += [
         (name, Options(size, data_file=kind)) for name in _WITHOUT_SNAPSHOTS for size, kind in _DATA_FILES
     ]

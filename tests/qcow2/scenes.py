@@ -43,6 +43,7 @@ class Options:
     compat: str = "1.1"
     lease: int = 0
     data_file: str = ""
+    extended_l2: bool = False
 
     def __str__(self) -> str:
         version = "v2" if self.compat == "0.10" else "v3"
@@ -50,6 +51,7 @@ class Options:
             f"{self.cluster_size}-{self.refcount_bits}-{version}"
             + ("-lease" if self.lease else "")
             + (f"-{self.data_file}-data" if self.data_file else "")
+            + ("-extended" if self.extended_l2 else "")
         )
 
     @property
@@ -111,6 +113,7 @@ def _made(options: Options, work: Callable[[Qcow2Node], None]) -> Scene:
         data=files[1] if options.data_file else None,
         data_file=DATA_FILE if options.data_file else None,
         data_file_raw=options.data_file == "raw",
+        extended_l2=options.extended_l2,
     )
     return _lived(tuple(bytes(file.data) for file in files), options, work)
 

@@ -248,3 +248,33 @@ def test_where_the_directory_of_bitmaps_cannot_be_read_it_is_no_longer_promised(
     with opened(path) as node:
         node.write(0, b"x")
     assert path.read_bytes()[88:96] == bytes(8)
+
+
+def test_snapshots_without_sizes_are_completed_by_the_repair_that_a_resize_advises(tmp_path: Path) -> None:
+    path = make(tmp_path / "image.qcow2", 1 << 20)
+    foreign = pack_extra(7, 1 << 20, None, b"") + b"more"
+    listed = [
+        entry(1, b"bare", extra=b"", state_size_32=5),
+        entry(2, b"state size alone", extra=(6).to_bytes(8, "big")),
+        entry(3, b"complete", extra=foreign),
+    ]
+    list_snapshots(path, listed)
+    with opened(path) as node:
+        node.write(0, b"content")
+        before = node.snapshot_store.snapshots()
+        with pytest.raises(Unsupported, match="does not record its size") as refused:
+            node.truncate(2 << 20)
+        assert "stillframe image check --repair all" in str(refused.value.remedy)
+    file = FileNode("file", str(path))
+    result = repair(file, "all")
+    file.close()
+    assert (result.corruptions, result.corruptions_fixed, result.leaks) == (0, 2, 0)
+    assert_clean(path)
+    with opened(path) as node:
+        assert node.snapshot_store.snapshots() == before
+        assert [len(each.extra) for each in node.image.world.snapshots] == [24, 24, 28]
+        node.truncate(2 << 20)
+        assert [each.disk_size for each in node.snapshot_store.snapshots()] == [1 << 20] * 3
+    shown = json.loads(qemu_img("info", "--output=json", path))["snapshots"]
+    assert [each["vm-state-size"] for each in shown] == [5, 6, 7]
+    assert_clean(path)

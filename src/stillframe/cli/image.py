@@ -138,7 +138,8 @@ EXIT CODES
     "-r",
     "--repair",
     type=click.Choice(["leaks", "all"]),
-    help="leaks: give back what nobody uses. all: make the refcounts what the tables say, too.",
+    help="leaks: give back what nobody uses. all: make the refcounts what the tables say, and complete the list "
+    "of snapshots, too.",
 )
 @click.option("--json", "as_json", is_flag=True, help="For programs, in qemu-img's shape.")
 @click.argument("file")

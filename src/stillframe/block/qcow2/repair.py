@@ -1,7 +1,7 @@
 """An image's refcounts made to agree with what its tables refer to, by the shadow switch: all at once or not at all.
 
 The tables that map a disk are taken as they are. What is repaired is what can be derived from them: refcounts, and the COPIED
-flags of the active tree.
+flags of the active tree. Snapshots that lack what version 3 demands get it spelt out: the sizes that they are read with.
 """
 
 from typing import Literal
@@ -14,6 +14,7 @@ from stillframe.block.qcow2.check import CheckResult, Walk, refuse_if_unreadable
 from stillframe.block.qcow2.image import Image, World
 from stillframe.block.qcow2.layout import CORRUPT, DIRTY, MAX_OFFSET, REFCOUNT_TABLE_RESERVED
 from stillframe.block.qcow2.shadow import Shadow, l1_words, pack_words
+from stillframe.block.qcow2.snapshot_table import SnapshotEntry
 from stillframe.block.qcow2.unfinished import refuse_if_withheld
 from stillframe.block.qcow2.widths import runs_of
 
@@ -23,7 +24,8 @@ What = Literal["leaks", "all"]
 def repair(file: Node, what: What) -> CheckResult:
     """Repair the image in an open, writable node.
 
-    :param what: "leaks" gives back clusters that nobody refers to; "all" also raises refcounts that are too low.
+    :param what: "leaks" gives back clusters that nobody refers to; "all" also raises refcounts that are too low, and completes
+        entries of the snapshot table.
     :return: what a second check found, and how much was repaired before it.
     :raise ImageCorrupt: too damaged to be repaired; nothing was written.
     :raise InUse: it is part of a load that was interrupted.
@@ -60,7 +62,10 @@ def repair_open(image: Image, what: What) -> CheckResult:
             shadow.set_counts(index, found if what == "all" else np.minimum(found, said))
         active = l1_words(image.world.l1)
         new = own_again(shadow, active)
-        return shadow.world(l1=None if np.array_equal(new, active) else pack_words(new), snapshots=None)
+        return shadow.world(
+            l1=None if np.array_equal(new, active) else pack_words(new),
+            snapshots=_completed(image.world) if what == "all" else None,
+        )
 
     try:
         switch_now(image, build)
@@ -73,6 +78,13 @@ def repair_open(image: Image, what: What) -> CheckResult:
     second.corruptions_fixed = max(0, first.result.corruptions - second.corruptions)
     second.messages = first.result.messages
     return second
+
+
+def _completed(world: World) -> tuple[SnapshotEntry, ...] | None:
+    """The snapshots, with the sizes that version 3 demands; None where they have them."""
+    if world.header.version < 3 or all(entry.is_complete for entry in world.snapshots):
+        return None
+    return tuple(entry.completed(world.header.size) for entry in world.snapshots)
 
 
 def _forget_impossible_blocks(image: Image) -> None:

@@ -37,7 +37,7 @@ def truncate(image: Image, size: int) -> None:
         if not all(entry.is_complete for entry in image.world.snapshots):
             raise Unsupported(
                 "Can't resize an image with a snapshot that does not record its size",
-                remedy="Run `qemu-img check -r all` on the image.",
+                remedy="Run `stillframe image check --repair all` on the image, which records the present size.",
             )
     if image.has_bitmaps:
         raise Unsupported("Can't resize an image with persistent bitmaps", remedy="Remove the bitmaps first.")

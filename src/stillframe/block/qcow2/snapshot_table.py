@@ -155,7 +155,8 @@ def parse_table(header: Header, read: Callable[[int, int], bytes]) -> tuple[tupl
         if extra > MAX_EXTRA_BYTES:
             raise ImageCorrupt(
                 f"Too much extra metadata in snapshot table entry {index}",
-                remedy="You can force-remove this extra metadata with qemu-img check -r all",
+                remedy="You can force-remove this extra metadata with qemu-img check -r all, on a copy of the image: "
+                "where there are persistent bitmaps that drops every snapshot",
             )
         body = take(extra + id_length + name_length)
         entries.append(
