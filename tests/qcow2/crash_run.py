@@ -37,7 +37,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--seed", type=int, default=1, help="another number samples other states")
     parser.add_argument(
-        "--folder", type=Path, required=True, help="where an image that is found wanting is left"
+        "--folder",
+        type=lambda text: Path(text).resolve(),
+        required=True,
+        help="where an image that is found wanting is left",
     )
     parser.add_argument("--only", default="", help="operations whose name contains this")
     options = parser.parse_args()
