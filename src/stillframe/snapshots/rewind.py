@@ -132,11 +132,11 @@ class NearbyMemory:
         runs: list[tuple[int, int]] = []
         for block, numbers, _ in self._staged:
             cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
-            for part in np.split(numbers, cuts) if len(numbers) else ():
-                runs.append((block.base + int(part[0]) * PAGE_SIZE, len(part) * PAGE_SIZE))
-            if len(runs) > _FLUSHED_BEYOND:
+            if len(runs) + len(cuts) >= _FLUSHED_BEYOND:
                 self._memory.replaced()
                 return
+            for part in np.split(numbers, cuts) if len(numbers) else ():
+                runs.append((block.base + int(part[0]) * PAGE_SIZE, len(part) * PAGE_SIZE))
         for address, length in runs:
             self._memory.invalidate(address, length)
 

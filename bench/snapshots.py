@@ -1,0 +1,498 @@
+"""Live snapshots beside QEMU's snapshot-save, snapshot-load and snapshot-delete, in one run.
+
+    make bench
+    .venv/bin/python bench/snapshots.py --rounds 5 --json snapshots.json
+
+The bundled guest runs on our machine and on QEMU's riscv64 `virt`, with as much memory, as many pages of it filled, and the
+same commands over QMP. Both sides take turns, each time in new processes on a new image; figures are medians over the rounds.
+
+A heartbeat gap is between two beats (one every 10 ms) as they arrive here, read by a thread of its own: "in a save" the longest
+from the command to three beats after its end, "normal" the longest in 1.5 s before. "Idle" is a guest that only looks at its
+memory, "dirtying" one that rewrites 50 MB/s. First saves write the whole state: the snapshot before was deleted. Loads are into
+new processes, in which a small guest runs; QEMU 7.2's guest has no heartbeats after a load (docs/guest.md).
+
+What is counted in bytes, and rewinds, are measured in this process, with a machine without a processor; rewinds again over QMP,
+with a guest that rewrites 500 pages a beat, two beats each time, and checks itself.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+ROOT = Path(__file__).resolve().parent.parent
+# In the place of this folder, where a module has the name of one of the tests' packages.
+sys.path[0] = str(ROOT / "tests")
+
+import numpy as np  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from peers import peer  # noqa: E402
+from running import STILLFRAME  # noqa: E402
+from snapshots.hosts import Register, new_image, new_machine, opened  # noqa: E402
+from stillframe.client import Client  # noqa: E402
+from stillframe.snapshots import selection  # noqa: E402
+from stillframe.snapshots.context import Unwatched  # noqa: E402
+from stillframe.snapshots.ground import Ground  # noqa: E402
+from stillframe.snapshots.load import load  # noqa: E402
+from stillframe.snapshots.save import save  # noqa: E402
+from stillframe.vmstate.ram import PAGE_SIZE  # noqa: E402
+from storm import WatchedConsole  # noqa: E402
+
+OURS, THEIRS = "stillframe", "QEMU 7.2"
+SIZES = {256: 192, 1024: 800}
+"""MiB of memory: MiB that are filled."""
+DISK = 64 << 20
+REWOUND_PAGES = 1000
+_NORMAL_SECONDS = 1.5
+_PATIENCE = 120.0
+_GUEST = ROOT / "src" / "stillframe" / "data" / "guest.elf"
+_DIRTYING = 128
+"""Pages a beat, 100 beats a second: 52 MB/s."""
+
+Result = TypeVar("Result")
+
+
+@dataclass(slots=True)
+class Row:
+    """One line of the table; figures are one a round.
+
+    :param unit: "ms", "MB" or "×". :param bar: what ours may be at most: see `limit`. :param normal: ours without a snapshot.
+    """
+
+    work: str
+    unit: str
+    bar: str = ""
+    ours: list[float] = field(default_factory=list)
+    theirs: list[float] = field(default_factory=list)
+    normal: list[float] = field(default_factory=list)
+    limit: Callable[["Row"], float] | None = None
+
+    @property
+    def is_met(self) -> bool | None:
+        """Whether the median is."""
+        return None if self.limit is None else statistics.median(self.ours) <= self.limit(self)
+
+    @property
+    def ratio(self) -> float | None:
+        """Ours to theirs, by medians."""
+        return statistics.median(self.ours) / statistics.median(self.theirs) if self.theirs else None
+
+
+def _theirs(factor: float) -> Callable[[Row], float]:
+    return lambda row: factor * statistics.median(row.theirs)
+
+
+def _gap(row: Row) -> float:
+    return max(20.0 + statistics.median(row.normal), statistics.median(row.theirs) / 50)
+
+
+def _at_most(value: float) -> Callable[[Row], float]:
+    return lambda row: value
+
+
+# A guest in a process of its own, ours or theirs.
+
+
+class Guest:
+    """The bundled guest, with its console watched and its monitor at hand."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", console: WatchedConsole, qmp: Path) -> None:
+        self._process = process
+        self.console = console
+        self._qmp = qmp
+
+    def talk(self, conversation: Callable[[Client], Awaitable[Result]]) -> Result:
+        """One conversation with the monitor."""
+
+        async def work() -> Result:
+            async with Client(f"unix:{self._qmp}") as client:
+                return await asyncio.wait_for(conversation(client), _PATIENCE)
+
+        return asyncio.run(work())
+
+    def timed(self, conversation: Callable[[Client], Awaitable[object]]) -> tuple[float, float]:
+        """When it began and ended, in monotonic seconds; the connection was there before."""
+
+        async def work(client: Client) -> tuple[float, float]:
+            begun = time.monotonic()
+            await conversation(client)
+            return begun, time.monotonic()
+
+        return self.talk(work)
+
+    def longest_gap(self, begun: float, ended: float) -> float:
+        """Milliseconds between beats, from the last before `begun` to the third behind `ended`."""
+        deadline = time.monotonic() + _PATIENCE
+        while sum(at > ended for at in self.console.arrivals[-10:]) < 3:
+            if time.monotonic() > deadline:
+                raise SystemExit("the guest's heartbeat has stopped")
+            time.sleep(0.005)
+        arrivals = list(self.console.arrivals)
+        first = max(0, sum(at <= begun for at in arrivals) - 1)
+        last = sum(at <= ended for at in arrivals) + 3
+        here = arrivals[first:last]
+        return 1000 * max(after - before for before, after in itertools.pairwise(here))
+
+    def normal_gap(self) -> float:
+        """The longest while nothing is done."""
+        begun = time.monotonic()
+        time.sleep(_NORMAL_SECONDS)
+        return self.longest_gap(begun, time.monotonic())
+
+
+@contextmanager
+def guest(side: str, directory: Path, image: Path, memory: int, append: str) -> Iterator[Guest]:
+    """:param memory: MiB."""
+    directory.mkdir()
+    qmp, serial = directory / "qmp", directory / "console"
+    node = f"node-name=root,discard=unmap,file.driver=file,file.filename={image},file.discard=unmap"
+    if side == OURS:
+        words = [*STILLFRAME, "run", "--memory", f"{memory}M", "--kernel", "bundled", "--append", append]
+        words += ["--qmp", f"unix:{qmp}", "--console", f"unix:{serial}"]
+        words += ["--blockdev", f"driver=qcow2,{node}", "--device", "virtio-blk,drive=root"]
+    else:
+        words = [peer("qemu-system-riscv64"), "-machine", "virt", "-m", str(memory), "-display", "none"]
+        words += ["-global", "virtio-mmio.force-legacy=false", "-device", "virtio-rng-device"]
+        words += ["-qmp", f"unix:{qmp},server=on,wait=off", "-serial", f"unix:{serial},server=on,wait=on"]
+        words += ["-kernel", str(_GUEST), "-append", append]
+        words += ["-blockdev", f"qcow2,{node}", "-device", "virtio-blk-device,drive=root"]
+    with (directory / "log").open("wb") as log:
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        console = _connected(process, serial, directory / "log")
+        try:
+            console.until(r"^ready;")
+            yield Guest(process, console, qmp)
+        finally:
+            console.close()
+    finally:
+        process.kill()
+        process.wait(_PATIENCE)
+
+
+def _connected(process: "subprocess.Popen[bytes]", serial: Path, log: Path) -> WatchedConsole:
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return WatchedConsole(serial)
+        except OSError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the guest did not start: {log.read_text()}") from None
+            time.sleep(0.01)
+
+
+# Beside QEMU.
+
+
+def beside_rows(memory: int) -> dict[str, Row]:
+    """The rows for a guest of that size, by their key."""
+    size = f"{memory} MiB"
+    gap_bar = "≤ 20 ms over normal, or 1/50 of QEMU's"
+    return {
+        "gap idle": Row(f"longest heartbeat gap in a save, {size}, idle", "ms", gap_bar, limit=_gap),
+        "gap dirtying": Row(
+            f"longest heartbeat gap in a save, {size}, dirtying 50 MB/s", "ms", gap_bar, limit=_gap
+        ),
+        "save idle": Row(f"first save, {size}, idle", "ms", "≤ 1.2 × QEMU's", limit=_theirs(1.2)),
+        "save dirtying": Row(f"first save, {size}, dirtying 50 MB/s", "ms", "≤ 1.2 × QEMU's", limit=_theirs(1.2)),
+        "running": Row(
+            f"load until the guest runs, {size}",
+            "ms",
+            "≤ 100 ms, ≤ 1/10 of QEMU's",
+            limit=lambda row: min(100.0, _theirs(0.1)(row)),
+        ),
+        "heartbeat": Row(f"load until the first heartbeat, {size}", "ms"),
+        "resident": Row(f"load until all is in memory, {size}", "ms", "≤ 1.2 × QEMU's", limit=_theirs(1.2)),
+        "delete": Row(f"delete, blocks given back, {size}", "ms", "≤ 1.2 × QEMU's", limit=_theirs(1.2)),
+    }  # fmt: skip
+
+
+def one_side(side: str, memory: int, directory: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """One round. :return: the figures by the rows' keys, and the normal ones."""
+    figures: dict[str, float] = {}
+    normal: dict[str, float] = {}
+    image = new_image(directory / "root.qcow2", DISK)
+    append = f"mb={SIZES[memory]} dirty=16 period=10"
+    with guest(side, directory / "saved", image, memory, append) as machine:
+        for state, commands in (("idle", ("hold",)), ("dirtying", ("go", f"dirty {_DIRTYING}"))):
+            for command in commands:
+                machine.console.command(command)
+            normal[f"gap {state}"] = machine.normal_gap()
+            begun, ended = machine.timed(partial(Client.save, tag=state, vmstate="root", devices=["root"]))
+            figures[f"save {state}"] = 1000 * (ended - begun)
+            figures[f"gap {state}"] = machine.longest_gap(begun, ended)
+            if state == "idle":
+                begun, ended = machine.timed(partial(Client.delete, tag=state, devices=["root"]))
+                figures["delete"] = 1000 * (ended - begun)
+        nonce = machine.console.beats[-1][3]
+        machine.talk(Client.quit)
+    with guest(side, directory / "loaded", image, memory, "mb=2 period=10") as machine:
+        machine.console.beats_after(0, 3)
+
+        async def load_it(client: Client) -> tuple[float, float, float]:
+            async with client.events("RESUME") as events:
+                begun = time.monotonic()
+                job = asyncio.create_task(client.load("dirtying", vmstate="root", devices=["root"]))
+                await anext(aiter(events))
+                running = time.monotonic()
+                await job
+                return begun, running, time.monotonic()
+
+        begun, running, ended = machine.talk(load_it)
+        figures["running"], figures["resident"] = 1000 * (running - begun), 1000 * (ended - begun)
+        if side == OURS:
+            figures["heartbeat"] = 1000 * (_first_beat_of(machine, nonce) - begun)
+    return figures, normal
+
+
+def _first_beat_of(machine: Guest, nonce: str) -> float:
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        beats = list(zip(machine.console.beats, machine.console.arrivals, strict=False))
+        found = [at for beat, at in beats if beat[3] == nonce]
+        if found:
+            return found[0]
+        time.sleep(0.005)
+    raise SystemExit("the loaded guest has no heartbeat")
+
+
+def beside(memory: int, rounds: int, progress: Callable[[str], None]) -> list[Row]:
+    """All rows of a size."""
+    rows = beside_rows(memory)
+    for number in range(rounds):
+        for side in (OURS, THEIRS) if number % 2 == 0 else (THEIRS, OURS):
+            progress(f"{memory} MiB, round {number + 1} of {rounds}: {side}")
+            with tempfile.TemporaryDirectory(prefix="stillframe-bench-") as directory:
+                figures, normal = one_side(side, memory, Path(directory))
+            for key, value in figures.items():
+                (rows[key].ours if side == OURS else rows[key].theirs).append(value)
+            if side == OURS:
+                for key, value in normal.items():
+                    rows[key].normal.append(value)
+    return list(rows.values())
+
+
+# In this process.
+
+
+class Bench:
+    """A machine without a processor, with as much memory as the smaller guest, on an image."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = new_image(directory / "state.qcow2", DISK)
+        memory, filled = min(SIZES.items())
+        self.machine = new_machine(Register(), memory={"ram": memory << 20}, running=True)
+        self.pages = np.frombuffer(self.machine.memory.blocks[0].view, np.uint8).reshape(-1, PAGE_SIZE)
+        self.chance = np.random.default_rng(1)
+        self.filled = (filled << 20) // PAGE_SIZE
+        self.pages[: self.filled] = self.chance.integers(0, 256, (self.filled, PAGE_SIZE), np.uint8)
+        self.ground = Ground(self.machine)
+
+    def change(self, count: int) -> "np.ndarray":
+        """Pages that are not zero get other content. :return: their numbers."""
+        numbers = np.sort(self.chance.choice(self.filled, count, replace=False))
+        self.pages[numbers] ^= np.uint8(1 + self.chance.integers(0, 200))
+        return numbers
+
+
+def _written() -> int:
+    """Bytes that this process has handed to write calls."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("wchar:")).split()[1])
+
+
+def in_bytes() -> list[Row]:
+    """What saves write and take."""
+    again = Row(
+        "written by a save after 2 % of pages changed, of the first's", "%", "≤ 4 %", limit=_at_most(4.0)
+    )
+    ten = Row(
+        "ten snapshots, 5 % changed between: image, of one snapshot's", "×", "≤ 1.65", limit=_at_most(1.65)
+    )
+    for row, changed, count in ((again, 0.02, 2), (ten, 0.05, 10)):
+        with tempfile.TemporaryDirectory(prefix="stillframe-bench-") as directory:
+            bench = Bench(Path(directory))
+            sizes, written = [], []
+            with opened(bench.path, "root") as node:
+                nodes = [selection.snapshot_node(node)]
+                for number in range(count):
+                    before = _written()
+                    chosen = selection.for_save(nodes, f"s{number}", None)
+                    save(bench.machine, chosen, Unwatched(), ground=bench.ground)
+                    node.flush()
+                    written.append(_written() - before)
+                    sizes.append(bench.path.stat().st_blocks)
+                    bench.change(int(changed * bench.filled))
+            bench.ground.close()
+        if row is again:
+            row.ours.append(100 * written[1] / written[0])
+        else:
+            row.ours.append(sizes[-1] / sizes[0])
+    return [again, ten]
+
+
+def rewinds(count: int) -> list[Row]:
+    """Loads of the snapshot that the machine stands on."""
+    rows = []
+    for with_disk in (False, True):
+        what = f"rewind, {REWOUND_PAGES:,} changed pages{', the disk written to, too' if with_disk else ''}, in process"
+        times = []
+        with tempfile.TemporaryDirectory(prefix="stillframe-bench-") as directory:
+            bench = Bench(Path(directory))
+            with opened(bench.path, "root") as node:
+                nodes = [selection.snapshot_node(node)]
+                save(bench.machine, selection.for_save(nodes, "s", None), Unwatched(), ground=bench.ground)
+                original = bench.pages[: bench.filled].copy()
+                for number in range(count):
+                    changed = bench.change(REWOUND_PAGES)
+                    if with_disk:
+                        node.write(number * PAGE_SIZE % DISK, b"x" * PAGE_SIZE)
+                    begun = time.perf_counter()
+                    load(
+                        bench.machine, selection.for_load(nodes, "s", None), Unwatched(), ground=bench.ground
+                    )
+                    times.append(1000 * (time.perf_counter() - begun))
+                    if not np.array_equal(bench.pages[changed], original[changed]):
+                        raise SystemExit("a rewind has left a page as it was")
+                if not np.array_equal(bench.pages[: bench.filled], original):
+                    raise SystemExit("a rewind has changed a page that it had no business with")
+            bench.ground.close()
+        rows += _rewind_rows(what, times)
+    return rows
+
+
+def _rewind_rows(what: str, times: list[float]) -> list[Row]:
+    times.sort()
+    median = Row(f"{what}: median", "ms", "≤ 10 ms", ours=[statistics.median(times)], limit=_at_most(10.0))
+    return [median, Row(f"{what}: 99 %", "ms", ours=[times[int(0.99 * (len(times) - 1))]])]
+
+
+def rewinds_with_guest(count: int) -> list[Row]:
+    """Over QMP; the guest says which beat comes next, and checks itself."""
+    memory, filled = min(SIZES.items())
+    times: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="stillframe-bench-") as directory:
+        image = new_image(Path(directory) / "root.qcow2", DISK)
+        append = f"mb={filled} dirty={REWOUND_PAGES // 2} period=10"
+        with guest(OURS, Path(directory) / "guest", image, memory, append) as machine:
+            console = machine.console
+
+            async def work(client: Client) -> None:
+                await client.save("s", vmstate="root", devices=["root"])
+                for _ in range(count):
+                    # Each rewrites half of them.
+                    await asyncio.to_thread(console.beats_after, console.position, 2)
+                    begun = time.monotonic()
+                    await client.load("s", vmstate="root", devices=["root"])
+                    times.append(1000 * (time.monotonic() - begun))
+
+            machine.talk(work)
+            after = console.position
+            console.type("?\nnonce\n")
+            console.until(r"^ok nonce=\w+\r?\n", after)
+            said = console.command("check")
+            wrong = [beat for beat in console.beats if beat[2]]
+            if " bad=0 " not in said or wrong:
+                raise SystemExit(f"{wrong[:3]}; after the rewinds the guest says {said!r}")
+    return _rewind_rows(f"rewind, {REWOUND_PAGES:,} changed pages, over QMP, the guest verifies", times)
+
+
+# The command.
+
+
+def show(rows: list[Row]) -> None:
+    """The table."""
+    table = Table(title=f"snapshots: ours beside {THEIRS}'s")
+    for title in ("work", "ours", "normal", "QEMU", "ours / QEMU", "bar"):
+        table.add_column(title, justify="left" if title in ("work", "bar") else "right")
+    for row in rows:
+        cells = [f"{statistics.median(row.ours):,.2f} {row.unit}" if row.ours else "-"]
+        cells += [
+            f"{statistics.median(each):,.1f} {row.unit}" if each else "" for each in (row.normal, row.theirs)
+        ]
+        verdict = {None: "", True: ": met", False: ": MISSED"}[row.is_met]
+        ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
+        table.add_row(row.work, *cells, ratio, row.bar + verdict)
+    Console(width=170 if not sys.stdout.isatty() else None).print(table)
+
+
+def report(rows: list[Row], rounds: int) -> dict[str, object]:
+    """For --json."""
+    said = subprocess.run(
+        [peer("qemu-system-riscv64"), "--version"], capture_output=True, text=True, check=True
+    )
+    lines = []
+    for row in rows:
+        figures = {key: value for key, value in _plain(row).items() if key != "limit"}
+        lines.append({**figures, "ratio": row.ratio, "met": row.is_met})
+    host = {"machine": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()}
+    return {"host": {**host, "qemu": said.stdout.splitlines()[0]}, "rounds": rounds, "rows": lines}
+
+
+def _plain(row: Row) -> dict[str, object]:
+    limit, row.limit = row.limit, None
+    try:
+        return asdict(row)
+    finally:
+        row.limit = limit
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="how often each side runs (default: 3)")
+    parser.add_argument(
+        "--rewinds", type=int, default=1000, help="in process; a fifth of it with the guest (default: 1000)"
+    )
+    parser.add_argument(
+        "--memory",
+        type=int,
+        action="append",
+        choices=sorted(SIZES),
+        help="MiB; again for more (default: all)",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="write all figures there, too; - for the output"
+    )
+    asked = parser.parse_args()
+    if asked.rounds < 1 or asked.rewinds < 5:
+        parser.error("--rounds takes a number from 1 on, --rewinds from 5 on")
+
+    def progress(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    rows = []
+    for memory in asked.memory or sorted(SIZES):
+        rows += beside(memory, asked.rounds, progress)
+    progress("bytes")
+    rows += in_bytes()
+    progress("rewinds")
+    rows += rewinds(asked.rewinds) + rewinds_with_guest(asked.rewinds // 5)
+    found = report(rows, asked.rounds)
+    if asked.json == Path("-"):
+        print(json.dumps(found, indent=2))
+        return
+    show(rows)
+    if asked.json:
+        asked.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
