@@ -239,6 +239,50 @@ def test_a_disk_can_have_a_data_file_of_its_own(options: str, tmp_path: Path) ->
     assert_one_sentence(refused, "external data file cannot be compressed")
 
 
+@pytest.mark.parametrize("version", QEMU_VERSIONS)
+def test_an_image_is_described_without_its_data_file(version: str, tmp_path: Path) -> None:
+    path, data = tmp_path / "disk.qcow2", tmp_path / "disk.data"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", f"data_file={data}", path, "1M", version=version)
+    with_it = in_process("image", "info", "--json", path).stdout
+    shown = json.loads(qemu_img("info", "--output=json", path, version=version))
+    assert json.loads(with_it)["format-specific"] == shown["format-specific"]
+    data.unlink()
+    for words in (
+        ("info", "--json"),
+        ("info", "--json", "--backing-chain"),
+        ("snapshot", "list"),
+        ("check",),
+    ):
+        assert in_process("image", *words, path).code == 0, words
+    assert in_process("image", "info", "--json", path).stdout == with_it
+    for words in (("map", path), ("resize", path, "2M"), ("convert", path, tmp_path / "copy.raw")):
+        assert_one_sentence(
+            in_process("image", *words), f"Could not open '{data}': No such file or directory"
+        )
+    assert [each.name for each in tmp_path.iterdir()] == ["disk.qcow2"]
+
+
+def test_a_data_file_elsewhere_is_written_only_where_it_is_named(tmp_path: Path) -> None:
+    images, disks = tmp_path / "images", tmp_path / "disks"
+    images.mkdir()
+    disks.mkdir()
+    path, data, source = images / "disk.qcow2", disks / "disk.data", tmp_path / "source.raw"
+    source.write_bytes(b"\5" * (1 << 20))
+    assert in_process("image", "create", "-q", "-o", f"data_file={data}", path, "1M").code == 0
+    into = ("convert", "-n", "-f", "raw", source, path)
+    for words in (into, ("resize", path, "2M")):
+        refused = in_process("image", *words)
+        assert_one_sentence(refused, str(data), "no file in the image's own directory", "--data-file")
+    assert data.read_bytes() == bytes(1 << 20)
+    assert in_process("image", "convert", "--data-file", data, *into[1:]).code == 0
+    assert in_process("image", "resize", "--data-file", data, path, "2M").code == 0
+    assert "verification failed" not in qemu_io(path, "read -P 5 0 1M", "read -P 0 1M 1M")
+    assert "No errors" in qemu_img("check", path)
+    wrong = in_process("image", "convert", "--data-file", data, source, tmp_path / "copy")
+    assert_one_sentence(wrong, "--data-file", code=2)
+    assert_one_sentence(in_process("image", "resize", "--data-file", data, source, "2M"), "qcow2")
+
+
 @pytest.mark.usefixtures("every_qemu")
 def test_extended_l2_goes_with_backing_files_preallocation_compression_and_snapshots(image: Path) -> None:
     over, packed = image.with_name("over.qcow2"), image.with_name("packed.qcow2")

@@ -203,7 +203,8 @@ def _open_format(structure: Structure, entry: Entry, settled: _Inherited, above:
     from stillframe.block.qcow2 import Qcow2Node
 
     named = read_names(bytes_below)
-    data = _open_data_file(structure, entry, settled, bytes_below, named, above)
+    tables_alone = entry.read_only and entry.options.children.get("data-file", "") is None
+    data = None if tables_alone else _open_data_file(structure, entry, settled, bytes_below, named, above)
     backing = _open_backing(structure, entry, settled, bytes_below, named.backing, above)
     entry.node = Qcow2Node(
         entry.name,
@@ -212,6 +213,7 @@ def _open_format(structure: Structure, entry: Entry, settled: _Inherited, above:
         data=data,
         read_only=entry.read_only,
         discard=settled.discard,
+        tables_alone=tables_alone,
     )
 
 
@@ -246,7 +248,8 @@ def _open_data_file(
     if data is None:
         if named.data_file is None:
             raise InvalidRequest(
-                "'data-file' is required for this image", remedy="Name it by the option data-file."
+                "'data-file' is required for this image",
+                remedy="Name it by the option data-file (--data-file on the command line).",
             )
         options = data_file_options(bottom.filename if bottom else "", named.data_file, settled.read_only)
         data = _open(structure, options, below, owned=False, above=above)
@@ -254,7 +257,7 @@ def _open_data_file(
             structure.drop(data)
             raise Refused(
                 f"The image names '{named.data_file}' as its data file, which is a disk image of its own",
-                remedy="If it is the right one all the same, name it by the option data-file.",
+                remedy="If it is the right one all the same, name it by the option data-file (--data-file on the command line).",
             )
     structure.connect(Edge(data, "data-file", parent=entry))
     return _node_of(data)
@@ -270,7 +273,7 @@ def data_file_options(image: str, name: str, read_only: bool) -> NodeOptions:
     if name.startswith("json:") or _PROTOCOL.match(name.removeprefix("file:")):
         raise Unsupported(
             f"The image names '{name}' as its data file, which is not a file's path",
-            remedy="Name the data file by the option data-file.",
+            remedy="Name the data file by the option data-file (--data-file on the command line).",
         )
     path = full_backing_name(image, name.removeprefix("file:"))
     if "\0" in path:
@@ -283,7 +286,7 @@ def data_file_options(image: str, name: str, read_only: bool) -> NodeOptions:
         if is_elsewhere or is_hidden or (os.path.exists(real) and not os.path.isfile(real)):
             raise Refused(
                 f"The image names '{path}' as its data file, which is no file in the image's own directory, or hidden there",
-                remedy="If it is the right one, name it by the option data-file.",
+                remedy="If it is the right one, name it by the option data-file (--data-file on the command line).",
             )
     return NodeOptions("file", settings={"filename": path})
 

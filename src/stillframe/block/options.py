@@ -28,7 +28,8 @@ class NodeOptions:
     :param read_only: None where not given, as with all of these: the graph knows what to inherit.
     :param discard: whether discards are passed on ("unmap") or ignored.
     :param settings: the driver's own options that were given, by their names.
-    :param children: by role; a string names a node that is there already, None asks for no such child.
+    :param children: by role; a string names a node that is there already, None asks for no such child: as "data-file", which no
+        user can write, for a node that is read-only and only described.
     """
 
     driver: str

@@ -66,7 +66,7 @@ def info(kind: str | None, force_share: bool, backing_chain: bool, as_json: bool
     from stillframe.block.describe import image_tree_json
 
     found: list[ImageInfo] = []
-    with opened(file, kind, force_share=force_share, with_backing=backing_chain) as node:
+    with opened(file, kind, force_share=force_share, with_backing=backing_chain, to_describe=True) as node:
         here: Node | None = node
         if node.snapshot_store is not None:
             tell_unfinished(file, node.snapshot_store)

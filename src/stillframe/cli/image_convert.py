@@ -9,6 +9,7 @@ import click
 from stillframe.cli.image_create import IMAGE_OPTIONS, image_settings
 from stillframe.cli.image_open import (
     FORMATS,
+    data_file_option,
     force_share_option,
     opened,
     progress_option,
@@ -67,6 +68,7 @@ EXAMPLES
 @click.option(
     "-n", "--no-create", is_flag=True, help="Write into TARGET as it is; if that fails, it is neither."
 )
+@data_file_option
 @click.option("--force", is_flag=True, help="Replace a file of that name, once the copy is whole.")
 @force_share_option
 @progress_option
@@ -83,6 +85,7 @@ def convert(
     backing_format: str | None,
     sparse_size: int,
     no_create: bool,
+    data_file: str | None,
     force: bool,
     force_share: bool,
     progress: bool,
@@ -99,6 +102,8 @@ def convert(
 
     if no_create and (options or backing or backing_format or force):
         raise click.UsageError("-n takes the target as it is: it goes without -o, -B, -F and --force")
+    if data_file is not None and not no_create:
+        raise click.UsageError("--data-file is of the target as it is: it goes with -n")
     settings = image_settings(kind or "raw", options, backing, backing_format)
     if "data_file" in settings:
         raise Unsupported(
@@ -114,7 +119,7 @@ def convert(
     with opened(source, source_kind, force_share=force_share, with_backing=True, keep_still=True) as node:
         disk = node if snapshot is None else _at_snapshot(node, source, snapshot)
         making = (
-            _existing(target, kind)
+            _existing(target, kind, data_file)
             if no_create
             else _new(disk, target, kind or "raw", settings, replace=force)
         )
@@ -130,9 +135,9 @@ def convert(
 
 
 @contextmanager
-def _existing(target: str, kind: str | None) -> "Iterator[tuple[Node, int | None]]":
+def _existing(target: str, kind: str | None, data_file: str | None) -> "Iterator[tuple[Node, int | None]]":
     """An image to be written into as it is."""
-    with opened(target, kind, writable=True, with_backing=True) as node:
+    with opened(target, kind, writable=True, with_backing=True, data_file=data_file) as node:
         try:
             yield node, None
         except Failed as error:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stillframe.cli.present import parse_size
+from stillframe.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from stillframe.block.node import Node
@@ -23,6 +24,12 @@ force_share_option = click.option(
     help="Look at an image that a running machine writes; what is shown may be half a change.",
 )
 
+data_file_option = click.option(
+    "--data-file",
+    metavar="FILE",
+    help="Of an image that is written: the file that the disk's bytes lie in, beside the tables; else the one that the "
+    "image names, which must lie in its directory.",
+)
 progress_option = click.option(
     "-p", "--progress", is_flag=True, help="Show how far it is where nobody watches, too, as percentages."
 )
@@ -51,9 +58,13 @@ def opened(
     force_share: bool = False,
     with_backing: bool = False,
     keep_still: bool = False,
+    to_describe: bool = False,
+    data_file: str | None = None,
 ) -> "Iterator[Node]":
     """The image as a node.
 
+    :param to_describe: nothing of the disk is read, so the file that the guest's data lies in need not be there.
+    :param data_file: that file, instead of the one that the image names.
     :param keep_still: nobody else may write to it meanwhile, as always where it is `writable`; but for `force_share`. Else that
         is so for formats with tables alone, as in QEMU.
     """
@@ -68,6 +79,12 @@ def opened(
         }
         if driver == "qcow2" and not with_backing:
             children["backing"] = None
+        if driver == "qcow2" and to_describe:
+            children["data-file"] = None
+        if data_file is not None:
+            if driver != "qcow2":
+                raise InvalidRequest("--data-file is for qcow2 images")
+            children["data-file"] = NodeOptions("file", settings={"filename": data_file})
         node = graph.blockdev_add(
             NodeOptions(
                 driver,

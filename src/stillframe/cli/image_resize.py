@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stillframe.cli.image_open import format_option, opened, quiet_option
+from stillframe.cli.image_open import data_file_option, format_option, opened, quiet_option
 from stillframe.cli.present import parse_size
 from stillframe.errors import InvalidRequest, Refused, Unsupported
 
@@ -31,11 +31,18 @@ EXAMPLES
     show_default=True,
     help="Take space for what is new: falloc reserves it, full writes zeroes; for raw images.",
 )
+@data_file_option
 @quiet_option
 @click.argument("file")
 @click.argument("size")
 def resize(
-    kind: str | None, shrink: bool, preallocation: "Preallocation", quiet: bool, file: str, size: str
+    kind: str | None,
+    shrink: bool,
+    preallocation: "Preallocation",
+    data_file: str | None,
+    quiet: bool,
+    file: str,
+    size: str,
 ) -> None:
     """Make the disk in FILE so large: SIZE, or +SIZE more, or -SIZE less.
 
@@ -43,7 +50,7 @@ def resize(
     the new end is gone, though not from snapshots, which keep the size they have.
     """
     sign, amount = _read_change(size)
-    with opened(file, kind, writable=True, with_backing=True) as node:
+    with opened(file, kind, writable=True, with_backing=True, data_file=data_file) as node:
         new = {"": amount, "+": node.size + amount, "-": node.size - amount}[sign]
         if new <= 0:
             raise InvalidRequest("New image size must be positive")

@@ -44,7 +44,7 @@ def list_snapshots(kind: str | None, force_share: bool, as_json: bool, image_fil
     """List the snapshots of IMAGE."""
     from stillframe.block.describe import snapshot_info_json
 
-    with opened(image_file, kind, force_share=force_share) as node:
+    with opened(image_file, kind, force_share=force_share, to_describe=True) as node:
         found = node.info().snapshots
         if node.snapshot_store is not None:
             tell_unfinished(image_file, node.snapshot_store)
@@ -128,6 +128,8 @@ def _snapshot_node(node: "Node", file: str) -> "SnapshotNode":
     from stillframe.snapshots.selection import SnapshotNode
 
     store = node.snapshot_store
+    if store is None and node.driver == "qcow2":
+        raise Unsupported(f"'{file}' has a data file of its own, and such an image cannot keep snapshots")
     if store is None:
         raise Unsupported(
             f"'{file}' is a {node.driver} image, which cannot keep snapshots",

@@ -26,6 +26,7 @@ class Qcow2Node(Node):
     :param file: the child that holds the image; writable unless `read_only`. Whoever opened it closes it, after this.
     :param backing: what unallocated clusters show; None for zeroes, whatever name the image records.
     :param data: the child that holds guest data, where the header says that there is one; else None.
+    :param tables_alone: read-only, to be described: guest data that has a file of its own needs none, and cannot be read.
     :param discard: False ignores `discard`, and keeps the place of what `write_zeroes` may unmap.
     :raise InvalidRequest: not a qcow2 image, or the header and `data` disagree.
     :raise Unsupported: a feature that is not done, by name.
@@ -43,6 +44,7 @@ class Qcow2Node(Node):
         data: Node | None = None,
         read_only: bool = False,
         discard: bool = True,
+        tables_alone: bool = False,
     ) -> None:
         super().__init__(node_name, read_only=read_only)
         self._file = file
@@ -50,7 +52,8 @@ class Qcow2Node(Node):
         self._data = data
         self._discard = discard
         self._image = Image(file, backing, data=data, read_only=read_only)
-        self._image.reader.refuse_without_data()
+        if not tables_alone:
+            self._image.reader.refuse_without_data()
         self._snapshots = Snapshots(self._image)
         self._is_closed = False
 
@@ -92,7 +95,7 @@ class Qcow2Node(Node):
     @property
     def snapshot_store(self) -> Snapshots | None:
         """None with a data file of its own, whose clusters nothing counts: the format rules snapshots out."""
-        return None if self._data else self._snapshots
+        return None if self._image.header.has_data_file else self._snapshots
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         self._refuse_outside(offset, len(buffer))
@@ -260,7 +263,7 @@ class Qcow2Node(Node):
             dirty=bool(header.incompatible & DIRTY),
             backing_filename=name or None,
             backing_format=kind.decode("utf-8", "replace") if name and kind else None,
-            snapshots=() if self._data else tuple(self._snapshots.snapshots()),
+            snapshots=() if header.has_data_file else tuple(self._snapshots.snapshots()),
             format_specific={"type": "qcow2", "data": data},
             children=(("file", below),),
         )

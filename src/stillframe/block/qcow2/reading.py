@@ -1,6 +1,5 @@
 """Runs of a tree (mapping.py) made into bytes: data, compressed data, what lies below, zeroes."""
 
-import ctypes
 import threading
 
 from stillframe.block.node import Node
@@ -89,4 +88,7 @@ def _without_data() -> InvalidRequest:
 
 def _zero(buffer: memoryview) -> None:
     if buffer:
+        # Not before there is something to read: commands that only describe an image are to begin at once.
+        import ctypes
+
         ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(buffer)), 0, len(buffer))
