@@ -125,6 +125,41 @@ def test_the_copys_process_does_not_die_of_the_ctrl_c_that_we_answer(memory: Gue
     copy.close()
 
 
+def test_a_ctrl_c_at_the_very_fork_is_not_answered_by_the_copys_process(
+    memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would undo there, in the images that both have open, what the parent is at."""
+    answers, answer = os.pipe()
+    fork = os.fork
+
+    def interrupted() -> int:
+        pid = fork()
+        if not pid:
+            os.kill(os.getpid(), signal.SIGINT)
+        return pid
+
+    monkeypatch.setattr(os, "fork", interrupted)
+    before = signal.signal(signal.SIGINT, lambda number, frame: os.write(answer, b"!") and None)
+    try:
+        ForkedMemory(memory).close()
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.signal(signal.SIGINT, before)
+        os.close(answer)
+    assert os.read(answers, 1) == b""
+    os.close(answers)
+
+
+def test_a_copy_is_given_back_where_the_kernel_waits_for_our_children(memory: GuestMemory) -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        copy = ForkedMemory(memory)
+        assert content_of(copy, memory) == content(memory)
+        copy.close()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_a_copy_whose_process_was_killed_says_so(memory: GuestMemory) -> None:
     copy = ForkedMemory(memory)
     os.kill(copy._pid, signal.SIGKILL)

@@ -169,6 +169,19 @@ def test_so_does_a_flush_that_fails_while_a_table_is_copied(shelf: Shelf) -> Non
     assert outcome(Instant(bytes(file.data), file.inode, shelf.read(file.inode)), shelf) is Outcome.LOST
 
 
+def test_so_does_a_durable_write_that_fails_while_the_file_grows(shelf: Shelf) -> None:
+    """It may be the one to be told of the error of another."""
+    file = IdentifiedNode(shared_image())
+    faulty = FaultyNode(file, None, 5)
+    node = Qcow2Node("node", faulty)
+    node.write(0, b"\x22" * 100)
+    # After the truncation.
+    faulty.fail_at = faulty.calls + 1
+    with pytest.raises(IOFailed, match="Could not flush"):
+        node.image.file.grow_durably(node.image.file.size + 4096, ahead=0)
+    assert outcome(Instant(bytes(file.data), file.inode, shelf.read(file.inode)), shelf) is Outcome.LOST
+
+
 def test_an_overwritten_zero_cluster_survives_a_close_without_a_flush() -> None:
     """Of an image that has allocated nothing since it was opened."""
     file = MemoryNode()

@@ -1,5 +1,7 @@
 """Going back to a snapshot nearby reads little, and brings back the same as a load of all of it."""
 
+import errno
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +13,9 @@ from block.faults import FaultyNode
 from snapshots.hosts import Register, content, new_image, new_machine, opened, qemu_img_check
 from stillframe.block.node import Node
 from stillframe.block.qcow2.node import Qcow2Node
-from stillframe.errors import Cancelled, StillframeError
+from stillframe.errors import Cancelled, IOFailed, StillframeError
+from stillframe.machine.tracking import KernelTracking
+from stillframe.machine.userfault import Pagemap, Ranges
 from stillframe.snapshots import rewind, selection
 from stillframe.snapshots.context import Context, Unwatched
 from stillframe.snapshots.ground import Ground
@@ -234,3 +238,54 @@ def test_two_hundred_rewinds_leave_no_space_behind(bench: Bench, tmp_path: Path)
             sizes.add((tmp_path / "root.qcow2").stat().st_size)
     assert bench.content() == before
     assert len(sizes) == 1
+
+
+def test_a_load_after_which_the_host_counts_no_changes_is_no_ground(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.save("a")
+    bench.change(1, 300)
+    bench.save("b")
+    bench.change(2, 300)
+
+    def refuse(tracking: KernelTracking) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KernelTracking, "stand_here", refuse)
+        bench.load("a")
+    bench.change(3, 10)
+    bench.save("c")
+    expected = bench.content()
+    bench.change(4, 300)
+    bench.load("c")
+    assert bench.content() == expected
+    whole_load(bench, "c")
+    assert bench.content() == expected
+
+
+def test_a_save_that_the_host_does_not_tell_the_changes_loses_none_for_the_next(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.save("a")
+    bench.change(1, 300)
+    ask = Pagemap.take_written
+
+    def lose(pagemap: Pagemap, start: int, length: int) -> Ranges:
+        ask(pagemap, start, length)
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pagemap, "take_written", lose)
+        with pytest.raises(IOFailed, match="what has changed in memory"):
+            bench.save("b")
+    bench.save("b")
+    expected = bench.content()
+    bench.change(2, 300)
+    whole_load(bench, "b")
+    assert bench.content() == expected
+
+
+def whole_load(bench: Bench, tag: str) -> None:
+    """By the stream alone."""
+    load(bench.machine, selection.for_load(bench.nodes, tag, None), Unwatched())

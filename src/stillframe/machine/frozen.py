@@ -20,8 +20,8 @@ import signal
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal
+from contextlib import contextmanager, suppress
+from typing import Literal, NoReturn
 
 from stillframe.errors import IOFailed, Refused
 from stillframe.machine.memory import GuestMemory, MemoryBlock
@@ -127,7 +127,9 @@ class ForkedMemory(FrozenMemory):
         self._wait_until_let_go()
         os.close(self._writer)
         self._writer = -1
-        os.waitpid(self._pid, 0)
+        # Who started us with SIGCHLD ignored has the kernel wait for our children.
+        with suppress(ChildProcessError):
+            os.waitpid(self._pid, 0)
 
 
 class CopiedMemory(FrozenMemory):
@@ -223,16 +225,24 @@ def _process_vm_readv() -> "ctypes._NamedFuncPointer":
 
 def _fork_sleeper(reader: int) -> int:
     """Fork a child that holds nothing but `reader`, and sleeps until its other end closes. :return: its process id."""
-    with warnings.catch_warnings():
-        # The child calls nothing that another thread's lock could hold up.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
-    if pid:
-        return pid
+    # A Ctrl-C in the terminal goes to the child, too, and is the parent's to answer: in the child it would begin to undo what
+    # the parent is at, or wake the parent a second time through what both hold. The child keeps them blocked.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        # A Ctrl-C in the terminal goes to the child, too, and is the parent's to answer.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
+        with warnings.catch_warnings():
+            # The child calls nothing that another thread's lock could hold up.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+            if not pid:
+                _sleep(reader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return pid
+
+
+def _sleep(reader: int) -> NoReturn:
+    """In the child: until the other end closes."""
+    try:
         # What the parent holds (locks of images, sockets, its output) must end with the parent.
         os.closerange(_FIRST_DESCRIPTOR, reader)
         os.closerange(reader + 1, _LAST_DESCRIPTOR)

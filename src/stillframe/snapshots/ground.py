@@ -13,7 +13,7 @@ from functools import partial
 from uuid import UUID
 
 from stillframe.block.node import PageIndexPlace, SnapshotInfo
-from stillframe.errors import Corrupt, StillframeError
+from stillframe.errors import Corrupt, StillframeError, io_failed
 from stillframe.machine.machine import Machine
 from stillframe.machine.tracking import Changes, HashName, Tracking, track
 from stillframe.snapshots.rewind import NearbyMemory, PageCache
@@ -56,12 +56,22 @@ class Ground:
         self.snapshot: UUID | None = None
 
     def take(self) -> Changes:
-        """Held: what has changed; given back to `stand` or `put_back`. What changes from here on is counted apart."""
+        """Held: what has changed; given back to `stand` or `put_back`. What changes from here on is counted apart.
+
+        :raise IOFailed: the host does not tell; the machine stands on nothing from here on.
+        """
         if self._tracking is None:
             # Until now nobody watched: this is the first instant that changes can be counted from.
             self.snapshot = None
             self._tracking = track(self._machine.memory, self._algorithm)
-        return self._tracking.take()
+        try:
+            return self._tracking.take()
+        except BaseException as error:
+            # What was found and not told is lost: the machine stands on nothing that is known.
+            self.close()
+            if isinstance(error, OSError):
+                raise io_failed("Could not find out what has changed in memory", error) from error
+            raise
 
     def stand(self, snapshot: UUID, index: PageIndex | None, changes: Changes) -> None:
         """The save that took `changes` is committed. :param index: where its pages lie."""
@@ -74,9 +84,17 @@ class Ground:
 
     def stand_here(self, snapshot: UUID | None, index: PageIndex | None = None) -> None:
         """Held, at the end of a load: the machine is what this snapshot shows. :param index: where its pages lie, if known."""
-        if self._tracking is None:
-            self._tracking = track(self._machine.memory, self._algorithm)
-        self._tracking.stand_here()
+        # Until it is done the machine stands on nothing: what had changed since the former ground is not counted any more.
+        self.snapshot = self._index = None
+        try:
+            if self._tracking is None:
+                self._tracking = track(self._machine.memory, self._algorithm)
+            self._tracking.stand_here()
+        except OSError as error:
+            # The load is done all the same; the next save is a whole one.
+            _log.warning("What changes in memory from here on is not known: %s", error.strerror)
+            self.close()
+            return
         self.snapshot, self._index = snapshot, index
 
     @property

@@ -58,6 +58,9 @@ class ImageFile:
     def write_durable(self, offset: int, data: "bytes | bytearray | memoryview") -> None:
         """`write`, durable at its return whatever was written before; see `Node.write_durable`."""
         self._grow_to(offset + len(data))
+        self._durably(offset, data)
+
+    def _durably(self, offset: int, data: "bytes | bytearray | memoryview") -> None:
         try:
             self.node.write_durable(offset, data)
         except BaseException:
@@ -76,7 +79,7 @@ class ImageFile:
             size += ahead
             self.grow(size)
             # A byte of zero, which says nothing new, but that the file reaches to it.
-            self.node.write_durable(size - 1, b"\0")
+            self._durably(size - 1, b"\0")
 
     def _grow_to(self, end: int) -> None:
         if end > self.node.size:

@@ -11,6 +11,7 @@ What keeps the file whole at a power cut is the order in which entries are writt
             told every further change, before the file.
 """
 
+import contextlib
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 from stillframe.block.qcow2.image_file import ImageFile
 from stillframe.block.qcow2.l2_entry import L2Format, ones
 from stillframe.block.qcow2.layout import COMPRESSED, OFFSET_MASK, ZERO, Header
-from stillframe.errors import ImageCorrupt
+from stillframe.errors import ImageCorrupt, IOFailed
 
 if TYPE_CHECKING:
     from stillframe.block.qcow2.unflushed import Record
@@ -109,8 +110,8 @@ class Mapping:
     def store(self, table_offset: int, index: int, entries: list[int]) -> None:
         """Write entries of an L2 table through to the file.
 
-        On an error the file may hold the old or the new ones; both lead to clusters that are counted, as long as the
-        caller gives none of them to others.
+        On an error the file may hold the old or the new ones until the next flush, which writes the old ones; both lead to
+        clusters that are counted, as long as the caller gives none of them to others.
         """
         data = self.l2.pack(entries)
         at = index * self.l2.entry_size
@@ -123,14 +124,25 @@ class Mapping:
         try:
             self._file.write(table_offset + at, data)
         except BaseException:
-            if record is not None:
-                record.append(table_offset, index, data, before)
+            self._write_again(table_offset, index, data, before)
             raise
         table[place] = data
         deferred = self._deferred.get(table_offset)
         if deferred is not None:
             for number in range(index, index + len(entries)):
                 deferred.pop(number, None)
+
+    def _write_again(self, table_offset: int, index: int, data: bytes, before: bytes) -> None:
+        """The file may hold `data` after a write that failed: the next flush brings back what was there before.
+
+        Until then what the guest writes to the old place would else be lost with it.
+        """
+        old = self.l2.unpack(before, 0, len(before) // self.l2.entry_size)
+        deferred = self._deferred.setdefault(table_offset, {})
+        deferred.update(zip(range(index, index + len(old)), old, strict=True))
+        if self.record is not None and self.record.has_room(2 * len(old)):
+            with contextlib.suppress(IOFailed):
+                self.record.append(table_offset, index, data, before)
 
     def defer(self, table_offset: int, index: int, entries: list[int]) -> None:
         """Change entries of an L2 table here and in the record, and in the file with the next flush.
