@@ -108,7 +108,8 @@ def guided(name: str, seconds: float, folder: Path) -> None:
         f"-timeout={SECONDS_FOR_ONE}",
         f"-max_len={LONGEST}",
         f"-artifact_prefix={folder}/{name}-",
-        "-rss_limit_mb=1024",
+        # atheris keeps its corpus in memory, some 20 KiB an input: the bound for one input is `blind`'s.
+        "-rss_limit_mb=8192",
         "-print_final_stats=1",
     ]
     atheris.Setup([sys.argv[0], *options, str(corpus)], target, custom_mutator=mutate)
