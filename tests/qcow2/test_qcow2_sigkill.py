@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 
 from peers import QEMU_VERSIONS, peer, using
-from qcow2.images import LONG, assert_clean, assert_only_leaks, make, named, opened, qemu_img, qemu_io
+from qcow2.images import LONG, assert_clean, assert_only_leaks, make, named, opened, qemu_img, qemu_io, take
 from qcow2.victim import BLOCK, block
+from stillframe.block.graph import BlockGraph
+from stillframe.block.node import Node
 from stillframe.block.qcow2.replay import Outcome, Recovery
+from stillframe.errors import Refused
 
 ROUNDS = 300 if LONG else 12
 SIZE = 8 << 20
@@ -149,6 +152,24 @@ os.kill(os.getpid(), 9)
     assert done.returncode == -signal.SIGKILL
 
 
+@contextlib.contextmanager
+def chain(path: Path, *, read_only: bool = False, force_share: bool = False) -> Iterator[Node]:
+    """An image with all that it names."""
+    graph = BlockGraph()
+    try:
+        yield graph.blockdev_add(
+            {
+                "driver": "qcow2",
+                "node-name": "node",
+                "read-only": read_only,
+                "force-share": force_share,
+                "file": {"driver": "file", "filename": str(path)},
+            }
+        )
+    finally:
+        graph.close()
+
+
 def recovery_of(path: Path) -> Recovery:
     with opened(path) as node:
         assert node.image.recovery is not None
@@ -245,3 +266,47 @@ def test_an_image_that_is_killed_while_its_snapshot_is_made_opens_with_all_that_
         assert named(node, "first").name == "first"
     qemu_img("convert", "-f", "qcow2", "-l", "first", "-O", "raw", path, tmp_path / "raw")
     assert (tmp_path / "raw").read_bytes() == b"\x11" * (1 << 20)
+
+
+def test_a_killed_base_is_not_written_over_before_it_shows_all_its_writes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else what the overlay was built on changes below it, with the next program that opens the base for writing."""
+    base, middle, over = (tmp_path / f"{name}.qcow2" for name in ("base", "middle", "over"))
+    left_by_a_killed_process(base)
+    qemu_img("create", "-f", "qcow2", "-b", base, "-F", "qcow2", middle)
+    qemu_img("create", "-f", "qcow2", "-b", middle, "-F", "qcow2", over)
+    before = base.read_bytes()
+    for top in (middle, over):
+        with (
+            pytest.raises(Refused, match=f"'{base}' was killed, and some of its writes") as refused,
+            chain(top),
+        ):
+            pass
+        assert f"stillframe image check --repair leaks {base}" in str(refused.value.remedy)
+    # Who only reads is told, and sees what qemu-img does.
+    caplog.clear()
+    with chain(over, read_only=True) as node:
+        assert node.read(0, 1 << 20) == b"\x11" * (1 << 20)
+    assert [f"'{base}' was killed" in each.getMessage() for each in caplog.records] == [True]
+    assert base.read_bytes() == before
+    assert recovery_of(base).outcome is Outcome.REPLAYED
+    caplog.clear()
+    with chain(over) as node:
+        assert node.read(100, 5000) == b"\x22" * 5000
+    assert caplog.records == []
+
+
+def test_a_base_that_is_being_written_is_not_taken_for_a_killed_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = make(tmp_path / "image.qcow2", 1 << 20)
+    with opened(path) as writer:
+        writer.write(0, b"\x11" * 65536)
+        take(writer, "first")
+        writer.write(0, b"\x22" * 100)
+        with chain(path, read_only=True, force_share=True) as node:
+            assert node.read(0, 100) == b"\x11" * 100
+    with chain(path, read_only=True):
+        pass
+    assert caplog.records == []

@@ -4,6 +4,7 @@ An image's own words choose only what is opened read-only, and only among these 
 `_backing_options`.
 """
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 MAX_CHAIN = 200
 """Images in one backing chain, at most."""
 
+HIDDEN_WRITES_SECONDS = 2.0
+"""How long to wait for what is left of a killed process before something is written over its image."""
+
+_HIDDEN_WRITES = "The process that wrote {!r} was killed, and some of its writes are only seen once the image is opened for writing"
+_log = logging.getLogger(__name__)
 _QCOW2_MAGIC = b"QFI\xfb"
 _PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
@@ -215,6 +221,8 @@ def _open_format(structure: Structure, entry: Entry, settled: _Inherited, above:
         discard=settled.discard,
         tables_alone=tables_alone,
     )
+    if entry.node.hides_writes():
+        _log.warning("%s", _HIDDEN_WRITES.format(bottom_name(bytes_below)))
 
 
 def _child(
@@ -323,7 +331,33 @@ def _open_backing(
         error.args = (error.message,)
         raise
     structure.connect(Edge(backing, "backing", parent=entry))
+    if not settled.read_only:
+        _refuse_hidden_writes(_node_of(backing))
     return _node_of(backing)
+
+
+def _refuse_hidden_writes(node: Node) -> None:
+    """Before anything is written over a backing file: what comes to light below it later would not fit to that.
+
+    :raise Refused: an image of the chain was left by a killed process, and not opened for writing since.
+    """
+    from stillframe.block.qcow2 import Qcow2Node
+
+    here: Node | None = node
+    while here is not None:
+        if isinstance(here, Qcow2Node) and here.hides_writes(seconds=HIDDEN_WRITES_SECONDS):
+            name = bottom_name(here)
+            raise Refused(
+                f"Could not open backing file: {_HIDDEN_WRITES.format(name)}",
+                remedy=f"Run `stillframe image check --repair leaks {name}`, which brings them into the file.",
+            )
+        here = here.children.get("backing")
+
+
+def bottom_name(node: Node) -> str:
+    """The name of the file at the bottom of a node, or that of the node."""
+    file = protocol_file(node)
+    return file.filename if file else node.node_name
 
 
 def _open_named(

@@ -10,6 +10,7 @@ from stillframe.block.qcow2.layout import (
     EXTENSION_BACKING_FORMAT,
     EXTENSION_DATA_FILE,
     LAZY_REFCOUNTS,
+    RECORD_NUMBER_SHIFT,
 )
 from stillframe.block.qcow2.mapping import DATA, PACKED, ZEROES, empty_entries
 from stillframe.block.qcow2.snapshots import Snapshots
@@ -65,6 +66,19 @@ class Qcow2Node(Node):
     @property
     def size(self) -> int:
         return self._image.header.size
+
+    def hides_writes(self, *, seconds: float = 0.0) -> bool:
+        """Whether a killed process has left writes that this read-only node does not show: the next open for writing brings
+        them into the file.
+
+        :param seconds: how long to wait for what is left of that process.
+        """
+        number = self._image.header.autoclear >> RECORD_NUMBER_SHIFT
+        if not self.read_only or self._image.header.version < 3 or not number:
+            return False
+        from stillframe.block.qcow2.unflushed import is_waiting
+
+        return is_waiting(self._file, number, seconds=seconds)
 
     def at_snapshot(self, snapshot: SnapshotInfo) -> Node:
         """The disk as it was at a snapshot, to be read: its size, its bytes, and what lies below the image.

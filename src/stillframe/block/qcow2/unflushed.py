@@ -305,6 +305,24 @@ def find(node: Node, number: int, entry_bytes: int) -> FoundRecord:
     return FoundRecord(file, entry_bytes)
 
 
+def is_waiting(node: Node, number: int, *, seconds: float) -> bool:
+    """Whether the record with this number of an image holds anything, which whoever only reads the image does not see.
+
+    :param node: the image's file. :param seconds: how long to wait for what is left of a killed process.
+    """
+    identity = node.identity
+    if identity is None:
+        return False
+    try:
+        found = _RecordFile.open(identity, seconds)
+    except (StillframeError, OSError):
+        return False
+    (word,) = _STATE.unpack_from(found.map, _STATE_AT)
+    is_ours = found.about() == (number, identity)
+    found.close(remove=False)
+    return is_ours and bool(word & 0xFFFFFFFF) and not word & _VOID
+
+
 def remove_voided(node: Node) -> bool:
     """Remove the record of an image whose header does not speak of one: whether it held something.
 
@@ -380,11 +398,11 @@ class _RecordFile:
                 raise
 
     @classmethod
-    def open(cls, identity: FileIdentity) -> "_RecordFile":
-        """:raise Refused: as of `take`. :raise OSError: there is none."""
+    def open(cls, identity: FileIdentity, seconds: float = _END_SECONDS) -> "_RecordFile":
+        """:param seconds: as of `take`. :raise Refused: as there. :raise OSError: there is none."""
         name = _name(identity)
         with _directory(create=False) as directory:
-            return cls.take(os.open(name, _OPEN_FLAGS, dir_fd=directory), name, _END_SECONDS)
+            return cls.take(os.open(name, _OPEN_FLAGS, dir_fd=directory), name, seconds)
 
     @classmethod
     def take(cls, fd: int, name: str, seconds: float = 0.0) -> "_RecordFile":
