@@ -349,30 +349,40 @@ def in_bytes() -> list[Row]:
 def rewinds(count: int) -> list[Row]:
     """Loads of the snapshot that the machine stands on."""
     rows = []
-    for with_disk in (False, True):
-        what = f"rewind, {REWOUND_PAGES:,} changed pages{', the disk written to, too' if with_disk else ''}, in process"
-        times = []
+    for what, same, with_disk in (
+        ("the same each time", True, False),
+        ("others each time", False, False),
+        ("the same each time, and a cluster of the disk", True, True),
+    ):
+        times, processor = [], []
         with tempfile.TemporaryDirectory(prefix="stillframe-bench-") as directory:
             bench = Bench(Path(directory))
+            changed = bench.change(REWOUND_PAGES)
             with opened(bench.path, "root") as node:
                 nodes = [selection.snapshot_node(node)]
                 save(bench.machine, selection.for_save(nodes, "s", None), Unwatched(), ground=bench.ground)
                 original = bench.pages[: bench.filled].copy()
                 for number in range(count):
-                    changed = bench.change(REWOUND_PAGES)
+                    if same:
+                        bench.pages[changed] ^= np.uint8(1 + number % 255)
+                    else:
+                        changed = bench.change(REWOUND_PAGES)
                     if with_disk:
                         node.write(number * PAGE_SIZE % DISK, b"x" * PAGE_SIZE)
-                    begun = time.perf_counter()
+                    begun, computed = time.perf_counter(), time.thread_time()
                     load(
                         bench.machine, selection.for_load(nodes, "s", None), Unwatched(), ground=bench.ground
                     )
                     times.append(1000 * (time.perf_counter() - begun))
+                    processor.append(1000 * (time.thread_time() - computed))
                     if not np.array_equal(bench.pages[changed], original[changed]):
                         raise SystemExit("a rewind has left a page as it was")
                 if not np.array_equal(bench.pages[: bench.filled], original):
                     raise SystemExit("a rewind has changed a page that it had no business with")
             bench.ground.close()
-        rows += _rewind_rows(what, times)
+        title = f"rewind, {REWOUND_PAGES:,} pages, {what}"
+        rows += _rewind_rows(title, times)
+        rows.append(Row(f"{title}: processor time", "ms", ours=[statistics.median(processor)]))
     return rows
 
 
@@ -409,7 +419,7 @@ def rewinds_with_guest(count: int) -> list[Row]:
             wrong = [beat for beat in console.beats if beat[2]]
             if " bad=0 " not in said or wrong:
                 raise SystemExit(f"{wrong[:3]}; after the rewinds the guest says {said!r}")
-    return _rewind_rows(f"rewind, {REWOUND_PAGES:,} changed pages, over QMP, the guest verifies", times)
+    return _rewind_rows(f"rewind, {REWOUND_PAGES:,} pages, over QMP, the guest verifies", times)
 
 
 # The command.
@@ -468,6 +478,7 @@ def main() -> None:
         choices=sorted(SIZES),
         help="MiB; again for more (default: all)",
     )
+    parser.add_argument("--only", choices=("beside", "bytes", "rewinds"), help="a part of it")
     parser.add_argument(
         "--json", type=Path, metavar="PATH", help="write all figures there, too; - for the output"
     )
@@ -479,12 +490,15 @@ def main() -> None:
         print(text, file=sys.stderr, flush=True)
 
     rows = []
-    for memory in asked.memory or sorted(SIZES):
-        rows += beside(memory, asked.rounds, progress)
-    progress("bytes")
-    rows += in_bytes()
-    progress("rewinds")
-    rows += rewinds(asked.rewinds) + rewinds_with_guest(asked.rewinds // 5)
+    if asked.only in (None, "beside"):
+        for memory in asked.memory or sorted(SIZES):
+            rows += beside(memory, asked.rounds, progress)
+    if asked.only in (None, "bytes"):
+        progress("bytes")
+        rows += in_bytes()
+    if asked.only in (None, "rewinds"):
+        progress("rewinds")
+        rows += rewinds(asked.rewinds) + rewinds_with_guest(asked.rewinds // 5)
     found = report(rows, asked.rounds)
     if asked.json == Path("-"):
         print(json.dumps(found, indent=2))
