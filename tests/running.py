@@ -12,10 +12,35 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stillframe.client import Client
+from stillframe.errors import NotFound, PeerError
+from stillframe.sockets import connected_unix_socket
 
 Result = TypeVar("Result")
 
 STILLFRAME = (sys.executable, "-m", "stillframe")
+
+
+PATIENCE = 120.0
+"""Seconds that anything may take on a host that is busy with other things."""
+
+
+def connected(path: Path, process: "subprocess.Popen[Any]") -> socket.socket:
+    """A connection to a socket of a machine that begins; its file is there a moment before anybody listens."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return connected_unix_socket(path)
+        except (PeerError, NotFound):
+            assert process.poll() is None, f"the machine ended with {process.returncode}"
+            assert time.monotonic() < deadline, f"nobody listens at {path} after {PATIENCE} s"
+            time.sleep(0.01)
+
+
+def until_it_greets(path: Path, process: "subprocess.Popen[Any]") -> None:
+    """Wait until a monitor's first line has come: from then on the machine is served."""
+    with connected(path, process) as monitor:
+        monitor.settimeout(PATIENCE)
+        assert monitor.recv(1) == b"{"
 
 
 def stillframe(*words: str, check: bool = False, **options: Any) -> "subprocess.CompletedProcess[str]":
@@ -34,9 +59,8 @@ def stillframe(*words: str, check: bool = False, **options: Any) -> "subprocess.
 class Console:
     """A serial console on a socket: type, and wait for what the guest says."""
 
-    def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(str(path))
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
         self.text = ""
         self._seen = 0
 
@@ -114,19 +138,12 @@ class RunningMachine:
                 stderr=log,
             )
         try:
-            self._wait_for(self.qmp)
-            self._wait_for(self._console_path)
-            self.console = Console(self._console_path)
-        except BaseException:
+            until_it_greets(self.qmp, self.process)
+            self.console = Console(connected(self._console_path, self.process))
+        except BaseException as error:
             self.kill()
+            error.add_note(self.log.read_text())
             raise
-
-    def _wait_for(self, path: Path) -> None:
-        deadline = time.monotonic() + 30
-        while not path.exists():
-            assert self.process.poll() is None, f"the machine ended: {self.log.read_text()}"
-            assert time.monotonic() < deadline, f"no {path.name} after 30 s: {self.log.read_text()}"
-            time.sleep(0.01)
 
     def talk(self, conversation: Callable[[Client], Awaitable[Result]]) -> Result:
         """One conversation with the monitor."""

@@ -34,7 +34,6 @@ from running import RunningMachine, stillframe
 from stillframe.block.file import FileNode
 from stillframe.block.qcow2 import Qcow2Node, create_image, unflushed
 from stillframe.block.qcow2.check import check
-from stillframe.errors import PeerError
 
 DISK = 32 << 20
 SECTOR = 512
@@ -190,21 +189,10 @@ class Life:
 
 def start(directory: Path, image: Path, *words: str) -> RunningMachine:
     blockdev = f"driver=qcow2,node-name=root,file.driver=file,file.filename={image}"
-    machine = RunningMachine(
+    return RunningMachine(
         directory, "--memory", "64M", "--kernel", "bundled", "--append", "mb=8 dirty=64 period=20 quiet=1",
         "--blockdev", blockdev, "--device", "virtio-blk,drive=root", *words,
     )  # fmt: skip
-    # A socket's file is there a moment before anybody listens.
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            machine.execute("query-status")
-            return machine
-        except PeerError:
-            if time.monotonic() > deadline or machine.process.poll() is not None:
-                machine.kill()
-                raise
-            time.sleep(0.01)
 
 
 def one_round(directory: Path, image: Path, story: Story, chance: random.Random, number: int) -> str:

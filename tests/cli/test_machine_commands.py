@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from peers import QEMU_VERSIONS, peer
-from running import STILLFRAME, stillframe
+from running import PATIENCE, STILLFRAME, stillframe, until_it_greets
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +162,7 @@ def test_qmp_takes_key_value_pairs_json_and_a_pipe(box: str) -> None:
     words = ("job-id=j", "tag=t", "vmstate=root", 'devices=["root"]')
     assert stillframe("qmp", box, "snapshot-save", *words).stdout == "{}\n"
     request = json.dumps({"execute": "query-jobs"})
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while json.loads(stillframe("qmp", box, request, check=True).stdout)[0]["status"] != "concluded":
         assert time.monotonic() < deadline
     piped = subprocess.run(
@@ -222,11 +222,9 @@ def test_a_signal_ends_a_machine_cleanly(number: signal.Signals, image: Path, ru
         text=True,
     )
     path = runtime / "stillframe" / "box.sock"
-    deadline = time.monotonic() + 30
-    while stillframe("qmp", "box", "query-status").returncode:
-        assert time.monotonic() < deadline
+    until_it_greets(path, machine)
     machine.send_signal(number)
-    _, errors = machine.communicate(timeout=30)
+    _, errors = machine.communicate(timeout=PATIENCE)
     assert (machine.returncode, errors) == (0, "")
     assert not path.exists()
     assert stillframe("image", "check", str(image)).returncode == 0
@@ -254,10 +252,7 @@ def test_the_same_commands_work_on_a_real_qemu(version: str, image: Path, tmp_pa
         ]
     )
     try:
-        deadline = time.monotonic() + 30
-        while not path.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until_it_greets(path, qemu)
         address = ("--qmp", f"unix:{path}")
         for words, begins in (
             (("save", *address, "one"), "Saved 'one' on root"),
@@ -268,7 +263,7 @@ def test_the_same_commands_work_on_a_real_qemu(version: str, image: Path, tmp_pa
             assert done.returncode == 0, done.stderr
             assert done.stdout.startswith(begins)
         assert stillframe("quit", *address).returncode == 0
-        assert qemu.wait(30) == 0
+        assert qemu.wait(PATIENCE) == 0
     finally:
         qemu.kill()
         qemu.wait()
@@ -353,9 +348,7 @@ def test_a_killed_machine_leaves_a_name_that_can_be_used_again(image: Path, runt
     path = runtime / "stillframe" / "box.sock"
     for _ in range(2):
         machine = subprocess.Popen(words, stdin=subprocess.DEVNULL)
-        deadline = time.monotonic() + 30
-        while stillframe("qmp", "box", "query-status").returncode:
-            assert time.monotonic() < deadline
+        until_it_greets(path, machine)
         machine.kill()
         machine.wait()
         assert path.exists()
@@ -370,14 +363,11 @@ def test_a_long_socket_path_works(image: Path, tmp_path: Path) -> None:
         stdin=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 30
-        while not path.exists():
-            assert time.monotonic() < deadline
-            assert machine.poll() is None
+        until_it_greets(path, machine)
         with pytest.raises(OSError, match="AF_UNIX path too long"):
             socket.socket(socket.AF_UNIX).connect(str(path))
         assert stillframe("quit", "--qmp", f"unix:{path}").returncode == 0
-        assert machine.wait(30) == 0
+        assert machine.wait(PATIENCE) == 0
     finally:
         machine.kill()
         machine.wait()
