@@ -1,7 +1,10 @@
 """`stillframe image recover`, and machines that start on images which a crash has left in the middle of something."""
 
 import json
+import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,67 @@ def test_recover_completes_what_was_committed_and_undoes_what_was_not(tmp_path: 
         assert [tags(path) for path in paths] == [wanted] * 3
         again = in_process("image", "recover", *paths)
         assert (again.code, again.stdout) == (0, "Nothing is unfinished in these images.\n")
+
+
+KILLED = """
+import os, sys
+from stillframe.block.file import FileNode
+from stillframe.block.node import GroupKind
+from stillframe.block.qcow2 import Qcow2Node
+from stillframe.snapshots.group import Step, all_or_none
+
+kind, at, paths = GroupKind(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+
+class Dying:
+    def __init__(self, change):
+        self._change = change
+
+    def __getattr__(self, name):
+        return getattr(self._change, name)
+
+    def commit(self):
+        os.kill(os.getpid(), 9)
+
+def step(number, path):
+    store = Qcow2Node(path, FileNode(f"file{number}", path)).snapshot_store
+    (found,) = store.snapshots()
+    prepare = store.prepare_delete if kind is GroupKind.DELETE else store.prepare_revert
+    return Step(path, lambda: Dying(prepare(found)) if number == at else prepare(found), "Not done")
+
+with all_or_none([step(*each) for each in enumerate(paths)], kind=kind):
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize(("kind", "at"), [(kind, at) for kind in ("load", "delete") for at in range(4)])
+def test_what_a_killed_process_left_half_done_is_all_or_none_after_recover(
+    kind: str, at: int, tmp_path: Path
+) -> None:
+    """Killed at the switch of each of three images, and when all of them are switched."""
+    paths = [tmp_path / name for name in NAMES]
+    for path in paths:
+        assert in_process("image", "create", "-q", path, "1M").code == 0
+        for number, tag in ((1, "tag"), (2, None)):
+            subprocess.run(
+                [peer("qemu-io"), "-c", f"write -P {number} 0 1M", path], check=True, capture_output=True
+            )
+            assert tag is None or in_process("image", "snapshot", "create", path, tag).code == 0
+    died = subprocess.run(
+        [sys.executable, "-c", KILLED, kind, str(at), *paths],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert died.returncode == -signal.SIGKILL
+    # The last image decides on a load and switches last, the first on a delete and switches first.
+    is_committed = at == 3 if kind == "load" else at > 0
+    done = in_process("image", "recover", *paths)
+    assert f"the {kind} of 3 images was {'completed' if is_committed else 'undone'}" in done.stdout, done
+    shown = 1 if kind == "load" and is_committed else 2
+    for path in paths:
+        assert tags(str(path)) == ([] if kind == "delete" and is_committed else ["tag"])
+        read = [peer("qemu-io"), "-r", "-c", f"read -P {shown} 0 1M", path]
+        assert b"verification failed" not in subprocess.run(read, check=True, capture_output=True).stdout
+        assert in_process("image", "check", "--repair", "leaks", path).code == 0
+        subprocess.run([peer("qemu-img"), "check", "-q", path], check=True)
 
 
 def test_recover_names_the_image_that_is_missing_and_forget_is_the_way_out(tmp_path: Path) -> None:
