@@ -292,7 +292,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--seconds", type=float, default=40.0, help="of saving; all of it takes about three times that"
+        "--seconds", type=float, default=60.0, help="of saving; all of it takes about twice that"
     )
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "big"))
     asked = parser.parse_args()
