@@ -278,6 +278,9 @@ def test_a_data_file_elsewhere_is_written_only_where_it_is_named(tmp_path: Path)
     assert in_process("image", "resize", "--data-file", data, path, "2M").code == 0
     assert "verification failed" not in qemu_io(path, "read -P 5 0 1M", "read -P 0 1M 1M")
     assert "No errors" in qemu_img("check", path)
+    for what in ("create", "apply", "delete"):
+        refused = in_process("image", "snapshot", what, path, "tag")
+        assert_one_sentence(refused, "has a data file of its own, and such an image cannot keep snapshots")
     wrong = in_process("image", "convert", "--data-file", data, source, tmp_path / "copy")
     assert_one_sentence(wrong, "--data-file", code=2)
     assert_one_sentence(in_process("image", "resize", "--data-file", data, source, "2M"), "qcow2")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stillframe.cli.image_open import force_share_option, format_option, opened
+from stillframe.cli.image_open import force_share_option, format_option, opened, probed
 from stillframe.cli.image_recover import tell_unfinished
 from stillframe.cli.present import format_clock, format_date, format_size, print_json, printable
 from stillframe.errors import AlreadyExists, InvalidRequest, NotFound, Unsupported
@@ -69,6 +69,7 @@ def create_snapshot(kind: str | None, image_file: str, tag: str) -> None:
     if not tag:
         raise InvalidRequest("Name is empty", remedy="Give the snapshot a name.")
     check_tag(tag)
+    _refuse_data_file(image_file, kind)
     with opened(image_file, kind, writable=True) as node:
         of_image = _snapshot_node(node, image_file)
         if of_image.named(tag) is not None:
@@ -94,6 +95,7 @@ def create_snapshot(kind: str | None, image_file: str, tag: str) -> None:
 @click.argument("tag")
 def apply_snapshot(kind: str | None, by_id: bool, image_file: str, tag: str) -> None:
     """Make the content of IMAGE what it was at TAG; what it is now is lost."""
+    _refuse_data_file(image_file, kind)
     with opened(image_file, kind, writable=True) as node:
         of_image = _snapshot_node(node, image_file)
         found = _chosen(of_image, image_file, tag, by_id=by_id)
@@ -109,6 +111,7 @@ def apply_snapshot(kind: str | None, by_id: bool, image_file: str, tag: str) -> 
 @click.argument("tag")
 def delete_snapshot(kind: str | None, by_id: bool, image_file: str, tag: str) -> None:
     """Take the snapshot TAG off IMAGE, and give back what only it used."""
+    _refuse_data_file(image_file, kind)
     with opened(image_file, kind, writable=True) as node:
         of_image = _snapshot_node(node, image_file)
         found = _chosen(of_image, image_file, tag, by_id=by_id)
@@ -124,12 +127,26 @@ def _carry_out(of_image: "SnapshotNode", prepare: "Callable[[], Change]", failin
         pass
 
 
+def _refuse_data_file(file: str, kind: str | None) -> None:
+    """Before the image is opened for writing, which asks for that file first."""
+    from stillframe.block.file import FileNode
+    from stillframe.block.opening import read_names
+
+    if (kind or probed(file)) != "qcow2":
+        return
+    node = FileNode("file", file, read_only=True, locking="off")
+    try:
+        has_data_file = read_names(node).has_data_file
+    finally:
+        node.close()
+    if has_data_file:
+        raise Unsupported(f"'{file}' has a data file of its own, and such an image cannot keep snapshots")
+
+
 def _snapshot_node(node: "Node", file: str) -> "SnapshotNode":
     from stillframe.snapshots.selection import SnapshotNode
 
     store = node.snapshot_store
-    if store is None and node.driver == "qcow2":
-        raise Unsupported(f"'{file}' has a data file of its own, and such an image cannot keep snapshots")
     if store is None:
         raise Unsupported(
             f"'{file}' is a {node.driver} image, which cannot keep snapshots",
