@@ -15,6 +15,7 @@ keep that without a flush for each write:
 All calls are made with the image's lock held, which some give up while they flush.
 """
 
+import contextlib
 import struct
 from array import array
 from collections import OrderedDict
@@ -31,8 +32,8 @@ from stillframe.block.qcow2.layout import (
     REFCOUNT_TABLE_RESERVED,
     aligned,
 )
-from stillframe.block.qcow2.widths import Clusters, Counts, by_block, decode, encode, runs_of
-from stillframe.errors import ImageCorrupt, LimitReached
+from stillframe.block.qcow2.widths import Clusters, Counts, by_block, decode, encode, runs_of, split_run
+from stillframe.errors import ImageCorrupt, IOFailed, LimitReached
 
 if TYPE_CHECKING:
     from stillframe.block.qcow2.image import Image
@@ -71,6 +72,7 @@ class Refcounts:
         self._lease: list[ClusterRun] = []
         self._first_lease = self._lease_clusters = max(16, FIRST_LEASE_BYTES >> self._bits)
         self._leasing = False
+        self._unlinked: list[int] = []
         self._dropped = array("q")
         self._dropped_stamp = 0
         self._search_from = 1
@@ -204,24 +206,13 @@ class Refcounts:
         self._mark(first, count, True)
 
     def _mark(self, first: int, count: int, state: bool) -> None:
-        for index, start, end in self._split(first, count):
+        for index, start, end in split_run(first, count, self._per_block):
             marks = self._reserved.get(index)
             if marks is None:
                 marks = self._reserved[index] = np.zeros(self._per_block, np.bool_)
             marks[start:end] = state
             if not state and not marks.any():
                 del self._reserved[index]
-
-    def _split(self, first: int, count: int) -> list[tuple[int, int, int]]:
-        """A run of clusters by block: index, first and end within it."""
-        end = first + count
-        parts: list[tuple[int, int, int]] = []
-        while first < end:
-            index, within = divmod(first, self._per_block)
-            stop = min(end, (index + 1) * self._per_block)
-            parts.append((index, within, within + stop - first))
-            first = stop
-        return parts
 
     # The lease.
 
@@ -289,6 +280,8 @@ class Refcounts:
         except BaseException:
             for first, count in found:
                 self.unreserve(first, count)
+            for cluster in self._unlinked:
+                self.hold(cluster, 1)
             raise
         for first, count in found:
             self._mark(first, count, False)
@@ -343,7 +336,7 @@ class Refcounts:
         leased: list[ClusterRun] = []
         written: list[Written] = []
         created: dict[int, tuple[int, Counts]] = {}
-        for index, start, end in (part for run in found for part in self._split(*run)):
+        for index, start, end in (part for run in found for part in split_run(*run, self._per_block)):
             base = index * self._per_block
             block = self.block(index)
             if block is not None:
@@ -371,7 +364,14 @@ class Refcounts:
         for index, cluster in created:
             entry = struct.pack(">Q", cluster << self._bits)
             offset = world.header.refcount_table_offset + index * 8
-            self._image.file.write(offset, entry)
+            try:
+                self._image.file.write(offset, entry)
+            except BaseException:
+                # The file may name the block all the same: it is not used for anything else, and the entry is taken back.
+                self._unlinked.append(cluster)
+                with contextlib.suppress(IOFailed):
+                    self._image.file.write(offset, bytes(8))
+                raise
             written.append((offset, entry))
             world.refcount_table[index * 8 : index * 8 + 8] = entry
             self._image.note_metadata(cluster, "refcount block")

@@ -90,3 +90,15 @@ def compact(places: Clusters) -> slice | Clusters:
     """Ascending, distinct places as an index, faster where they lie next to each other."""
     first, last = int(places[0]), int(places[-1])
     return slice(first, last + 1) if last - first + 1 == len(places) else places
+
+
+def split_run(first: int, count: int, per_block: int) -> list[tuple[int, int, int]]:
+    """A run of clusters by refcount block: index, first and end within it."""
+    end = first + count
+    parts: list[tuple[int, int, int]] = []
+    while first < end:
+        index, within = divmod(first, per_block)
+        stop = min(end, (index + 1) * per_block)
+        parts.append((index, within, within + stop - first))
+        first = stop
+    return parts
