@@ -29,8 +29,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
+
+if TYPE_CHECKING:
+    from array import array
 
 
 class ExtentKind(Enum):
@@ -254,6 +257,19 @@ class PendingSnapshot(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class OpenState:
+    """A machine state as it lies in a file.
+
+    :param fd: for reading it; whoever gets this closes it. :param cluster_bits: of the size of a piece.
+    :param places: byte offset in the file of each piece.
+    """
+
+    fd: int
+    cluster_bits: int
+    places: "array[int]"
+
+
 class SnapshotStore(Protocol):
     """What a driver with internal snapshots offers."""
 
@@ -292,6 +308,13 @@ class SnapshotStore(Protocol):
 
     def read_page_index(self, snapshot: SnapshotInfo) -> bytes | None:
         """The bytes that the snapshot's lineage calls its page index, unexamined; None without one, or if it is not there."""
+        ...
+
+    def open_state(self, snapshot: SnapshotInfo, length: int) -> "OpenState | None":
+        """The first bytes of the machine state where they lie in a plain file; None where they do not, or not wholly.
+
+        They stay there for as long as the snapshot is on the list.
+        """
         ...
 
     def refuse_if_unmarkable(self) -> None:

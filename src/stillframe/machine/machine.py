@@ -116,6 +116,7 @@ class Machine:
         self._after_hold: RunState | None = None
         self._requested: deque[Callable[[], None]] = deque()
         self._shutdown: Shutdown | None = None
+        self._memory_lost: str | None = None
         self._ended = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -244,6 +245,8 @@ class Machine:
         :raise Refused: after a shutdown or an internal error, until a reset.
         """
 
+        self.refuse_without_memory()
+
         def defer() -> None:
             self._refuse_without_reset(self._after_hold)
             self._after_hold = RunState.RUNNING
@@ -262,6 +265,24 @@ class Machine:
     def _refuse_without_reset(state: RunState | None) -> None:
         if state is not None and state.needs_reset:
             raise Refused("Resetting the Virtual Machine is required", remedy="Use system_reset, then cont.")
+
+    def lose_memory(self, why: str) -> None:
+        """Not all of the memory is what it should be: the guest stops at the next boundary, with `io-error`, and goes on only
+        after a load or a reset. Does not wait.
+        """
+        self._memory_lost = why
+        self.request_stop(RunState.IO_ERROR)
+        self.engine.kick()
+        self.mailbox.wake()
+
+    def refuse_without_memory(self) -> None:
+        """:raise Refused: `lose_memory` was called, and neither a reset nor a load has ended since."""
+        if self._memory_lost is not None:
+            raise Refused(self._memory_lost, remedy="Load a snapshot, or reset the machine.")
+
+    def memory_is_whole(self) -> None:
+        """Held, by a load: all memory is defined again."""
+        self._memory_lost = None
 
     def reset(self) -> None:
         """Press the reset button: power-on state, the run state stays. A hold is waited for."""
@@ -364,6 +385,7 @@ class Machine:
         for device in self.devices:
             device.reset()
         self.board.power_on()
+        self._memory_lost = None
         if self._run_state.needs_reset:
             self._run_state = RunState.PRELAUNCH
         self.events.emit("RESET", guest=guest, reason=reason)

@@ -84,7 +84,9 @@ class Tracking(ABC):
         """Track no more; a second time, nothing."""
 
 
-class _TakenPages(Changes):
+class TakenPages(Changes):
+    """Pages that are known to have changed. :param flags: one a page, for some of the blocks."""
+
     def __init__(self, flags: Mapping[str, npt.NDArray[np.bool_]]) -> None:
         self._flags = flags
 
@@ -136,13 +138,13 @@ class KernelTracking(Tracking):
     def take(self) -> Changes:
         self._gather()
         taken, self._changed = self._changed, self._none()
-        return _TakenPages(taken)
+        return TakenPages(taken)
 
     def stand(self, changes: Changes) -> None:
         """What was counted apart since `take` is what has changed since the new ground."""
 
     def put_back(self, changes: Changes) -> None:
-        if isinstance(changes, _TakenPages):
+        if isinstance(changes, TakenPages):
             for name, flags in changes.flags.items():
                 self._changed[name] |= flags
 

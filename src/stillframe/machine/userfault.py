@@ -26,19 +26,50 @@ _API = 0xC018AA3F
 _REGISTER = 0xC020AA00
 _UNREGISTER = 0x8010AA01
 _WRITE_PROTECT = 0xC018AA06
+_WAKE = 0x8010AA02
+_COPY = 0xC028AA03
+_ZEROPAGE = 0xC020AA04
 _PAGEMAP_SCAN = 0xC0606610
+_COPY_WRITE_PROTECTED = 2
+_EVENT_PAGEFAULT = 0x12
+_MESSAGE = struct.Struct("=B7xQQ8x")
+_MESSAGES_AT_ONCE = 64
 
 FEATURE_WP_UNPOPULATED = 1 << 13
 FEATURE_WP_ASYNC = 1 << 15
 
 MODE_MISSING, MODE_WRITE_PROTECT = 1, 2
 
-_PAGE_IS_WRITTEN = 1 << 1
+_PAGE_IS_WRITTEN, _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED, _PAGE_IS_ZERO = 1 << 1, 1 << 3, 1 << 4, 1 << 5
 _SCAN_WRITE_PROTECT, _SCAN_CHECK_ASYNC = 1, 2
 _RANGES_AT_ONCE = 4096
 
 Ranges = npt.NDArray[np.uint64]
 """Shape (n, 2): first address and the one behind the last."""
+
+
+class _Copy(ctypes.Structure):
+    _fields_ = (
+        ("address", ctypes.c_uint64),
+        ("source", ctypes.c_uint64),
+        ("length", ctypes.c_uint64),
+        ("mode", ctypes.c_uint64),
+        ("copied", ctypes.c_int64),
+    )
+
+
+class _Zero(ctypes.Structure):
+    _fields_ = (
+        ("address", ctypes.c_uint64),
+        ("length", ctypes.c_uint64),
+        ("mode", ctypes.c_uint64),
+        ("copied", ctypes.c_int64),
+    )
+
+
+_PAGE = 4096
+_ioctl = ctypes.CDLL(None, use_errno=True).ioctl
+_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 
 
 class Userfaultfd:
@@ -69,6 +100,47 @@ class Userfaultfd:
     def unregister(self, start: int, length: int) -> None:
         """Watch it no longer."""
         fcntl.ioctl(self.fd, _UNREGISTER, bytearray(struct.pack("=QQ", start, length)))
+
+    def faults(self) -> list[int]:
+        """The addresses that threads wait for, each for a missing page; empty if none does now."""
+        try:
+            data = os.read(self.fd, _MESSAGES_AT_ONCE * _MESSAGE.size)
+        except BlockingIOError:
+            return []
+        return [address for event, _, address in _MESSAGE.iter_unpack(data) if event == _EVENT_PAGEFAULT]
+
+    def fill(self, address: int, source: int, length: int) -> None:
+        """Make missing pages these, write-protected, and wake who waits for them; pages that are there stay what they are.
+
+        :param source: address of the bytes, in this process. :raise OSError: the memory is gone, or no longer watched.
+        """
+        done = 0
+        while done < length:
+            asked = _Copy(address + done, source + done, length - done, _COPY_WRITE_PROTECTED, 0)
+            done += self._filled(_COPY, asked, address + done)
+
+    def fill_with_zeroes(self, address: int, length: int) -> None:
+        """`fill` with zeroes, which take no memory."""
+        done = 0
+        while done < length:
+            asked = _Zero(address + done, length - done, 0, 0)
+            done += self._filled(_ZEROPAGE, asked, address + done)
+
+    def _filled(self, request: int, asked: "_Copy | _Zero", address: int) -> int:
+        """:return: bytes to go on behind."""
+        result = _ioctl(self.fd, request, ctypes.byref(asked))
+        code = ctypes.get_errno()
+        count = int(asked.copied)
+        if count > 0:
+            return count
+        if result == 0:
+            return int(asked.length)
+        if count == -errno.EEXIST or code == errno.EEXIST:
+            fcntl.ioctl(self.fd, _WAKE, struct.pack("=QQ", address, _PAGE))
+            return _PAGE
+        if code == errno.EAGAIN:
+            return 0
+        raise OSError(code, os.strerror(code))
 
     def close(self) -> None:
         """Watch nothing any more; a second time, nothing."""
@@ -123,11 +195,12 @@ class Pagemap:
         self._fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         self._found = (ctypes.c_uint64 * (3 * _RANGES_AT_ONCE))()
 
-    def take_written(self, start: int, length: int) -> Ranges:
+    def take_written(self, start: int, length: int, *, filled: bool = False) -> Ranges:
         """What was written in a range since it was last asked for, and from here on it is asked for anew: in one step.
 
         The range is registered with `FEATURE_WP_ASYNC`. The first time, everything that was ever touched.
 
+        :param filled: leave out what is still zero because nothing was ever put there.
         :raise OSError: the kernel knows no such question (before Linux 6.7).
         """
         end = start + length
@@ -140,7 +213,9 @@ class Pagemap:
                 end=end,
                 vec=ctypes.addressof(self._found),
                 vec_len=_RANGES_AT_ONCE,
-                category_mask=_PAGE_IS_WRITTEN,
+                category_inverted=_PAGE_IS_ZERO if filled else 0,
+                category_mask=_PAGE_IS_WRITTEN | (_PAGE_IS_ZERO if filled else 0),
+                category_anyof_mask=_PAGE_IS_PRESENT | _PAGE_IS_SWAPPED if filled else 0,
                 return_mask=_PAGE_IS_WRITTEN,
             )
             count = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, asked)

@@ -15,8 +15,8 @@ from uuid import UUID
 from stillframe.block.node import PageIndexPlace, SnapshotInfo
 from stillframe.errors import Corrupt, StillframeError, io_failed
 from stillframe.machine.machine import Machine
-from stillframe.machine.tracking import Changes, HashName, Tracking, track
-from stillframe.snapshots.rewind import NearbyMemory, PageCache
+from stillframe.machine.tracking import Changes, HashName, TakenPages, Tracking, track
+from stillframe.snapshots.rewind import Flags, NearbyMemory, PageCache
 from stillframe.snapshots.selection import SnapshotNode
 from stillframe.vmstate.page_index import PageIndex, unpack_page_index
 from stillframe.vmstate.ram import RamBlock
@@ -53,6 +53,7 @@ class Ground:
         self._tracking: Tracking | None = None
         self._index: PageIndex | None = None
         self._cache = PageCache()
+        self._lifted: Changes | None = None
         self.snapshot: UUID | None = None
 
     def take(self) -> Changes:
@@ -82,10 +83,29 @@ class Ground:
         """The save that took `changes` came to nothing."""
         self._followed.put_back(changes)
 
-    def stand_here(self, snapshot: UUID | None, index: PageIndex | None = None) -> None:
-        """Held, at the end of a load: the machine is what this snapshot shows. :param index: where its pages lie, if known."""
+    def lift(self) -> None:
+        """Held: watch the memory no more, for whoever else wants to; then `set_down`, or `stand_here`."""
+        if self._tracking is not None and not self._tracking.reads_memory:
+            self._lifted = self.take()
+            self._tracking.close()
+            self._tracking = None
+
+    def set_down(self) -> None:
+        """Held: the memory is what it was at `lift`, and is watched again."""
+        if self._lifted is not None:
+            self._tracking = track(self._machine.memory, self._algorithm)
+            self._tracking.put_back(self._lifted)
+            self._lifted = None
+
+    def stand_here(
+        self, snapshot: UUID | None, index: PageIndex | None = None, changed: Flags | None = None
+    ) -> None:
+        """Held, at the end of a load: the machine is what this snapshot shows.
+
+        :param index: where its pages lie, if known. :param changed: the pages that are something else by now.
+        """
         # Until it is done the machine stands on nothing: what had changed since the former ground is not counted any more.
-        self.snapshot = self._index = None
+        self.snapshot = self._index = self._lifted = None
         try:
             if self._tracking is None:
                 self._tracking = track(self._machine.memory, self._algorithm)
@@ -95,6 +115,8 @@ class Ground:
             _log.warning("What changes in memory from here on is not known: %s", error.strerror)
             self.close()
             return
+        if changed is not None:
+            self._tracking.put_back(TakenPages(changed))
         self.snapshot, self._index = snapshot, index
 
     @property
@@ -108,7 +130,8 @@ class Ground:
         if self._tracking is not None:
             self._tracking.close()
             self._tracking = None
-            self.snapshot = None
+        self._lifted = None
+        self.snapshot = None
 
     def nearby(self, node: SnapshotNode, snapshot: SnapshotInfo) -> NearbyMemory | None:
         """The way back to a snapshot with the machine state on `node`, if it is so near that not all of it is to be read.

@@ -25,6 +25,7 @@ from stillframe.machine.run_state import RunState
 from stillframe.snapshots.context import Context, told
 from stillframe.snapshots.ground import Ground
 from stillframe.snapshots.group import Step, all_or_none
+from stillframe.snapshots.lazy import LazyMemory, lazy_memory
 from stillframe.snapshots.rewind import NearbyMemory
 from stillframe.snapshots.selection import Found, LoadSelection
 from stillframe.snapshots.staging import StagedMemory, refuse_without_room
@@ -38,20 +39,47 @@ _DEVICES_TRANSFER = 16 << 10
 
 
 def load(
-    machine: Machine, selection: LoadSelection, context: Context, *, ground: Ground | None = None
+    machine: Machine,
+    selection: LoadSelection,
+    context: Context,
+    *,
+    ground: Ground | None = None,
+    eager: bool = False,
 ) -> None:
     """Bring the machine and the listed nodes to the snapshot; a guest that ran goes on from there.
 
-    :param ground: what the machine stands on, which is this snapshot afterwards.
+    :param ground: what the machine stands on, which is this snapshot afterwards; without one, nothing comes later.
+    :param eager: the guest runs only when all of its memory is there.
     :raise StateMismatch: the state does not fit this machine: device, section and field are named.
     :raise Corrupt: the state is damaged. :raise Cancelled: in time. :raise Failed: storage.
-        After each of these the guest is as it was.
+        After each of these the guest is as it was; but for an `IOFailed` while memory comes (lazy.py), which stops it.
     """
     state = selection.state.snapshot
     total = state.state_size + 1
     context.progress(0, total)
-    memory, values = _checked_state(machine, selection.state, context, total, ground)
-    context.checkpoint()
+    with ExitStack() as stack:
+        memory, values = _checked_state(machine, selection.state, context, total, ground, stack, eager=eager)
+        context.checkpoint()
+        _exchange(machine, selection, context, memory, values, ground)
+        if isinstance(memory, LazyMemory):
+            # The rest, devices and what is zero, is there already.
+            there = total - 1 - memory.bytes_to_come
+            context.progress(there, total)
+            with _explained():
+                memory.fill(context, lambda done: context.progress(there + done, total))
+    context.progress(total, total)
+
+
+def _exchange(
+    machine: Machine,
+    selection: LoadSelection,
+    context: Context,
+    memory: LazyMemory | NearbyMemory | StagedMemory,
+    values: Mapping[SectionKey, Values],
+    ground: Ground | None,
+) -> None:
+    """From the pause to the resume."""
+    state = selection.state.snapshot
     with ExitStack() as undo, machine.hold(RunState.RESTORE_VM):
         if isinstance(memory, NearbyMemory) and ground is not None:
             changes = ground.take()
@@ -67,24 +95,38 @@ def load(
                     for device in machine.devices:
                         device.load_state(values[_key(device)])
         undo.pop_all()
-        if ground is not None:
+        machine.memory_is_whole()
+        if ground is not None and not isinstance(memory, LazyMemory):
             index = memory.index if isinstance(memory, NearbyMemory) else None
             ground.stand_here(state.lineage.snapshot if state.lineage else None, index)
         machine.new_generation_id()
         if machine.run_state.needs_reset:
             machine.set_run_state(RunState.PAUSED)
-    context.progress(total, total)
 
 
 def _checked_state(
-    machine: Machine, found: Found, context: Context, total: int, ground: Ground | None
-) -> tuple[NearbyMemory | StagedMemory, Mapping[SectionKey, Values]]:
+    machine: Machine,
+    found: Found,
+    context: Context,
+    total: int,
+    ground: Ground | None,
+    stack: ExitStack,
+    *,
+    eager: bool,
+) -> tuple[LazyMemory | NearbyMemory | StagedMemory, Mapping[SectionKey, Values]]:
     """While the guest runs: what its memory is to become, and each device's values, that it can take."""
     with _explained():
         nearby = ground.nearby(found.node, found.snapshot) if ground is not None else None
         if nearby is not None:
             source, known = _source(machine, found, context, total, transfer=_DEVICES_TRANSFER)
             return nearby, _checked(machine, survey_devices(source, machine.board.name, known, nearby.index))
+        lazy = lazy_memory(machine, found, ground) if ground is not None and not eager else None
+        if lazy is not None:
+            stack.callback(lazy.close)
+            source, known = _source(
+                machine, found, context, total, _DEVICES_TRANSFER, most=total - 1 - lazy.bytes_to_come
+            )
+            return lazy, _checked(machine, survey_devices(source, machine.board.name, known, lazy.index))
         refuse_without_room(min(found.snapshot.state_size, sum(block.size for block in machine.memory)))
         staged = StagedMemory(machine.memory)
         source, known = _source(machine, found, context, total)
@@ -92,7 +134,9 @@ def _checked_state(
 
 
 @contextmanager
-def _undo_point(machine: Machine, staged: NearbyMemory | StagedMemory) -> Iterator[Callable[[], None]]:
+def _undo_point(
+    machine: Machine, staged: LazyMemory | NearbyMemory | StagedMemory
+) -> Iterator[Callable[[], None]]:
     """Held: memory and devices as they are now, put back if the block raises, after it has put the disks
     back.
 
@@ -130,15 +174,21 @@ def _explained() -> Iterator[None]:
 
 
 def _source(
-    machine: Machine, found: Found, context: Context, total: int, transfer: int = CHUNK
+    machine: Machine,
+    found: Found,
+    context: Context,
+    total: int,
+    transfer: int = CHUNK,
+    *,
+    most: int | None = None,
 ) -> tuple[StateSource, Mapping[SectionKey, Description]]:
-    """The stream, and the sections that this machine can take."""
+    """The stream, and the sections that this machine can take. :param most: the progress that reading it can be."""
     store, snapshot = found.node.store, found.snapshot
     known: dict[SectionKey, Description] = {_key(device): device.description for device in machine.devices}
     known[GLOBAL_STATE_KEY] = GLOBAL_STATE
 
     def on_read(offset: int) -> None:
-        context.progress(offset, total)
+        context.progress(offset if most is None else min(offset, most), total)
         context.checkpoint()
 
     source = StateSource(

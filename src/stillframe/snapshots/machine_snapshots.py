@@ -32,6 +32,7 @@ class MachineSnapshots:
 
     :ivar queue: the turns of the jobs that call these methods.
     :ivar ground: the snapshot that the machine was last saved to or loaded from.
+    :ivar eager: loads read all of the memory before the guest runs.
     """
 
     def __init__(self, machine: Machine, graph: BlockGraph) -> None:
@@ -39,6 +40,7 @@ class MachineSnapshots:
         self._graph = graph
         self.queue = JobQueue()
         self.ground = Ground(machine)
+        self.eager = False
         self._recovering = threading.Lock()
         self._told: set[str] = set()
 
@@ -153,7 +155,7 @@ class MachineSnapshots:
 
     def _load(self, context: Context, chosen: LoadSelection) -> None:
         with self._held([found.node for found in chosen.all], "snapshot-load"):
-            load(self._machine, chosen, context, ground=self.ground)
+            load(self._machine, chosen, context, ground=self.ground, eager=self.eager)
 
     def _delete(self, context: Context, found: Sequence[Found]) -> None:
         with self._held([each.node for each in found], "snapshot-delete"):

@@ -61,6 +61,7 @@ def save(
     :return: the UUID of the state node's snapshot.
     :raise Cancelled: nothing is left behind. :raise Failed: storage; nothing is left behind.
     """
+    machine.refuse_without_memory()
     total = sum(block.size for block in machine.memory) + 1
     context.progress(0, total)
     for node in selection.nodes:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from stillframe.block.node import Change, GroupMark, SnapshotInfo
+from stillframe.block.node import Change, GroupMark, OpenState, SnapshotInfo
 from stillframe.block.qcow2.image import Image
 from stillframe.block.qcow2.marks import identity
 from stillframe.block.qcow2.pending import Pending, freeze
@@ -104,6 +104,10 @@ class Snapshots:
     def read_page_index(self, snapshot: SnapshotInfo) -> bytes | None:
         """See `SnapshotStore`."""
         return self._area(snapshot).read_page_index()
+
+    def open_state(self, snapshot: SnapshotInfo, length: int) -> OpenState | None:
+        """See `SnapshotStore`."""
+        return self._area(snapshot).open(length)
 
     def _area(self, snapshot: SnapshotInfo) -> StateArea:
         """Of a snapshot; the last one is remembered, for as long as the list stays what it is."""

@@ -8,7 +8,8 @@ Byte 0 of the area is the first that the first L1 entry behind the disk maps.
 
 from array import array
 
-from stillframe.block.node import SnapshotInfo
+from stillframe.block.file import FileNode
+from stillframe.block.node import OpenState, SnapshotInfo
 from stillframe.block.qcow2.image import Image
 from stillframe.block.qcow2.mapping import DATA, PACKED
 from stillframe.block.qcow2.snapshot_table import SnapshotEntry, check_l1_place
@@ -70,6 +71,25 @@ class StateArea:
             count = size >> bits
             found.extend(range(host >> bits, (host >> bits) + count) if is_data else [0] * count)
         return found
+
+    def open(self, length: int) -> OpenState | None:
+        """See `SnapshotStore.open_state`. Not in a plain file: beneath another format or protocol, compressed, or not mapped."""
+        file = self._image.reader.data.node
+        # What stands between us and a plain file may change what is read.
+        if type(file) is not FileNode:
+            return None
+        bits = self._image.header.cluster_bits
+        length = min(length, self.entry.state_size)
+        with self._image.gate.lock:
+            runs = self._image.mapping.runs(self.l1, self._start, length)
+        found = array("q")
+        for kind, size, host in runs:
+            if kind != DATA or host & ((1 << bits) - 1):
+                return None
+            found.extend(range(host, host + size, 1 << bits))
+        if len(found) != -(-length >> bits):
+            return None
+        return OpenState(file.open_again(), bits, found)
 
     def _read(self, offset: int, length: int) -> bytes:
         buffer = bytearray(length)

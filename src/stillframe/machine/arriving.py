@@ -1,0 +1,411 @@
+"""Guest memory that comes while the guest runs: by page fault, and in the order of the file.
+
+    guest, devices ──store, load──▶ RAM, pages missing ◀──UFFDIO_COPY── server ◀──pread── file of the machine state
+                                                                          ▲ │
+                                                     one byte: a batch    │ ▼  what came, an error, the end
+                                                                     a thread of ours
+
+The server is a forked child: whoever waits for a page may hold the interpreter's lock of our process. It serves faults always,
+and a batch of the background fill for each byte that it is sent, so that the fill can be held. It has nothing but the file,
+opened for itself, the userfaultfd, and its two pipes; it ends with us, however we die. It alone has the userfaultfd: if it dies,
+the kernel lets go of everybody who waits, with zeroes, and we stop the guest.
+"""
+
+import contextlib
+import ctypes
+import errno
+import gc
+import mmap
+import os
+import select
+import signal
+import struct
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from stillframe.errors import IOFailed
+from stillframe.machine.memory import PAGE_SIZE, MemoryBlock
+from stillframe.machine.userfault import (
+    FEATURE_WP_ASYNC,
+    FEATURE_WP_UNPOPULATED,
+    MODE_MISSING,
+    MODE_WRITE_PROTECT,
+    Pagemap,
+    Userfaultfd,
+)
+
+_BATCH = 1024
+"""Pages of a step of the fill; 4 MiB."""
+_RUN = 256
+"""Pages that are read, and put in place, at once."""
+_AHEAD = 4
+"""Batches that the server may do before it is told to go on."""
+_FAULT_AROUND = 16
+"""Pages that a fault brings, if they follow each other in the file."""
+_ZEROES_AROUND = 64
+
+_STEP = 8 + PAGE_SIZE
+"""Bytes from one page to the next in the stream."""
+
+_REPORT = struct.Struct("=cxxxiq")
+_READY, _CAME, _RESIDENT, _FAILED = b"R", b"C", b"D", b"E"
+_PATIENCE = 200
+"""Milliseconds for the guest to be stopped before who waits for a page that cannot be read is let go."""
+
+_MAYMOVE, _FIXED, _DONTUNMAP = 1, 2, 4
+_DONTFORK, _DOFORK = 10, 11
+_ALIGNED = 2 << 20
+
+Flags = Mapping[str, npt.NDArray[np.bool_]]
+Offsets = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class StateFile:
+    """Where the bytes of a stream lie. :param fd: of the file. :param places: byte offset of each cluster in it."""
+
+    fd: int
+    cluster_bits: int
+    places: npt.NDArray[np.int64]
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Bytes of the stream. :raise OSError: they cannot be read."""
+        bits, done = self.cluster_bits, 0
+        size = 1 << bits
+        while done < len(buffer):
+            at = offset + done
+            cluster = at >> bits
+            end = cluster + 1
+            wanted = (at + len(buffer) - done - 1) >> bits
+            while end <= wanted and self.places[end] == self.places[end - 1] + size:
+                end += 1
+            part = buffer[done : done + (end << bits) - at]
+            count = os.preadv(self.fd, [part], int(self.places[cluster]) + (at & (size - 1)))
+            if count <= 0:
+                raise OSError(errno.EIO, "the file ends too early")
+            done += count
+
+
+class MovedPages:
+    """The pages of a block, taken away from it in no time; the block is empty then.
+
+    :raise OSError: the kernel does not do it; nothing has changed.
+    """
+
+    def __init__(self, block: MemoryBlock) -> None:
+        self._block = block
+        self._room = mmap.mmap(
+            -1,
+            block.size + _ALIGNED,
+            flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000),
+        )
+        start = ctypes.addressof(ctypes.c_uint8.from_buffer(self._room))
+        self._address = start + -start % _ALIGNED
+        try:
+            _move(block.host_address, self._address, block.size)
+        except BaseException:
+            self._room.close()
+            raise
+
+    def put_back(self) -> None:
+        """The block is as it was; what it has become meanwhile is gone."""
+        _move(self._address, self._block.host_address, self._block.size)
+        self._room.close()
+
+    def forget(self) -> None:
+        """Give the memory back."""
+        self._room.close()
+
+
+def _move(source: int, target: int, size: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mremap.restype = ctypes.c_void_p
+    libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+    if libc.mremap(source, size, size, _MAYMOVE | _FIXED | _DONTUNMAP, target) != target:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+class ArrivingMemory:
+    """Blocks of memory, and the server that will fill them; made while the guest runs, nothing changes before `empty`.
+
+    :param blocks: with bytes, all of one machine. :param offsets: of each page in the stream, negative for zeroes.
+    :param file: of the stream; it is closed here, whatever comes. :raise OSError: the host cannot do it.
+    """
+
+    def __init__(
+        self, blocks: Sequence[MemoryBlock], offsets: Mapping[str, Offsets], file: StateFile
+    ) -> None:
+        self._blocks = tuple(blocks)
+        self._moved: list[MovedPages] = []
+        self._pagemap = Pagemap()
+        self._report = self._control = self._pid = -1
+        self._faults: Userfaultfd | None = None
+        self.total = sum(int((offsets[block.name] >= 0).sum()) for block in blocks) * PAGE_SIZE
+        """Bytes that come from the file."""
+        try:
+            self._faults = Userfaultfd(FEATURE_WP_UNPOPULATED | FEATURE_WP_ASYNC)
+            self._start([(block.host_address, offsets[block.name]) for block in blocks], file)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            os.close(file.fd)
+
+    def _start(self, parts: Sequence[tuple[int, Offsets]], file: StateFile) -> None:
+        self._report, told = os.pipe()
+        hears, self._control = os.pipe()
+        try:
+            for block in self._blocks:
+                _advise(block, _DONTFORK)
+            try:
+                self._pid = self._fork(parts, file, hears, told)
+            finally:
+                for block in self._blocks:
+                    _advise(block, _DOFORK)
+        finally:
+            os.close(told)
+            os.close(hears)
+        kind, _, _ = self._next()
+        if kind != _READY:
+            raise OSError(errno.ECHILD, os.strerror(errno.ECHILD))
+
+    def _fork(self, parts: Sequence[tuple[int, Offsets]], file: StateFile, hears: int, told: int) -> int:
+        faults = self._faults
+        if faults is None:
+            raise RuntimeError("Already given away")
+        # None of the parent's handlers runs in the child, which is ended by its pipe; a Ctrl-C is the parent's to answer.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        pid = -1
+        try:
+            with warnings.catch_warnings():
+                # The child calls nothing that another thread's lock could hold up.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                pid = os.fork()
+        finally:
+            if pid:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if pid:
+            return pid
+        try:
+            gc.disable()
+            kept = sorted((faults.fd, file.fd, hears, told))
+            for last, after in zip([-1, *kept], [*kept, 1 << 20], strict=True):
+                os.closerange(last + 1, after)
+            _Server(faults, parts, file, hears, told).serve()
+        finally:
+            os._exit(0)
+
+    def empty(self) -> None:
+        """Held, and nobody else watches the blocks: their pages are set aside, and missing from here on.
+
+        :raise OSError: nothing has changed.
+        """
+        faults = self._faults
+        if faults is None:
+            raise RuntimeError("Emptied twice")
+        try:
+            for block in self._blocks:
+                self._moved.append(MovedPages(block))
+                faults.register(block.host_address, block.size, MODE_MISSING | MODE_WRITE_PROTECT)
+        except BaseException:
+            self.put_back()
+            raise
+        # The server alone has it now; see the module's text.
+        faults.close()
+        self._faults = None
+
+    def put_back(self) -> None:
+        """Held: all blocks are what they were before `empty`."""
+        self.close()
+        while self._moved:
+            self._moved.pop().put_back()
+
+    def forget(self) -> None:
+        """What was set aside is no longer needed."""
+        while self._moved:
+            self._moved.pop().forget()
+
+    def fill(self, came: Callable[[int], None]) -> None:
+        """Until all is there: let the server work.
+
+        :param came: called with bytes that have come; while it does not return, few more come but by faults. Raises to end it.
+        :raise IOFailed: the file cannot be read, or the server is gone. Who waits for a page gets zeroes soon: stop the guest.
+        """
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._control, bytes(_AHEAD))
+        while True:
+            kind, code, pages = self._next()
+            if kind == _RESIDENT:
+                return
+            if kind == _FAILED:
+                raise IOFailed(f"Could not read the guest's memory: {os.strerror(code)}", errno=code)
+            if kind != _CAME:
+                raise IOFailed("The process that fetches the guest's memory is gone", errno=errno.ECHILD)
+            came(pages * PAGE_SIZE)
+            # A server that has ended by now has said why, or says nothing: the next report tells.
+            with contextlib.suppress(BrokenPipeError):
+                os.write(self._control, b"\0")
+
+    def finish(self) -> Flags:
+        """At a boundary, after `fill`: watch no more. :return: the pages that were written since `empty`."""
+        flags: dict[str, npt.NDArray[np.bool_]] = {}
+        for block in self._blocks:
+            here = flags[block.name] = np.zeros(block.size // PAGE_SIZE, np.bool_)
+            ranges = self._pagemap.take_written(block.host_address, block.size, filled=True)
+            pages = ((ranges - np.uint64(block.host_address)) // np.uint64(PAGE_SIZE)).astype(np.int64)
+            for first, end in pages.tolist():
+                here[first:end] = True
+        self.close()
+        return flags
+
+    def _next(self) -> tuple[bytes, int, int]:
+        """The server's next report; nothing but zeroes when it has ended."""
+        data = os.read(self._report, _REPORT.size)
+        kind, code, pages = _REPORT.unpack(data.ljust(_REPORT.size, b"\0"))
+        return kind, code, pages
+
+    def close(self) -> None:
+        """The server ends; pages that have not come are zeroes. A second time, nothing."""
+        if self._faults is not None:
+            self._faults.close()
+            self._faults = None
+        if self._control >= 0:
+            os.close(self._control)
+            os.close(self._report)
+            self._control = self._report = -1
+        if self._pid > 0:
+            os.waitpid(self._pid, 0)
+            self._pid = -1
+        self._pagemap.close()
+
+
+_Runs = npt.NDArray[np.int64]
+"""Shape (n, 3): offset in the stream, host address, pages."""
+
+
+def _runs(parts: Sequence[tuple[int, Offsets]]) -> _Runs:
+    """What follows each other both in the stream and in memory, in the stream's order."""
+    found: list[_Runs] = [np.zeros((0, 3), np.int64)]
+    for address, offsets in parts:
+        pages = np.flatnonzero(offsets >= 0)
+        if not len(pages):
+            continue
+        pages = pages[np.argsort(offsets[pages], kind="stable")]
+        where = offsets[pages]
+        cuts = np.flatnonzero((np.diff(pages) != 1) | (np.diff(where) != _STEP)) + 1
+        starts = np.concatenate(([0], cuts))
+        counts = np.diff(np.concatenate((starts, [len(pages)])))
+        found.append(np.stack((where[starts], address + pages[starts] * PAGE_SIZE, counts), axis=1))
+    every = np.concatenate(found)
+    return every[np.argsort(every[:, 0], kind="stable")]
+
+
+class _Server:
+    """The child's work. It takes no lock that the parent may have held."""
+
+    def __init__(
+        self,
+        faults: Userfaultfd,
+        parts: Sequence[tuple[int, Offsets]],
+        file: StateFile,
+        hears: int,
+        told: int,
+    ) -> None:
+        self._faults, self._parts, self._file = faults, parts, file
+        self._hears, self._told = hears, told
+        self._raw = memoryview(bytearray(_RUN * _STEP))
+        self._room = mmap.mmap(-1, _RUN * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._pages = np.frombuffer(self._room, np.uint8).reshape(_RUN, PAGE_SIZE)
+        self._address = int(self._pages.ctypes.data)
+
+    def serve(self) -> None:
+        """Until the parent ends it, or a page cannot be had."""
+        self._tell(_READY, 0, 0)
+        try:
+            self._serve(_runs(self._parts))
+        except OSError as error:
+            self._tell(_FAILED, error.errno or errno.EIO, 0)
+            poll = select.poll()
+            poll.register(self._hears, 0)
+            poll.poll(_PATIENCE)
+
+    def _tell(self, kind: bytes, code: int, pages: int) -> None:
+        os.write(self._told, _REPORT.pack(kind, code, pages))
+
+    def _serve(self, runs: _Runs) -> None:
+        poll = select.poll()
+        poll.register(self._faults.fd, select.POLLIN)
+        poll.register(self._hears, select.POLLIN)
+        allowed = at = 0
+        resident = False
+        while True:
+            for fd, _ in poll.poll(None if resident or not allowed else 0):
+                if fd == self._faults.fd:
+                    for address in self._faults.faults():
+                        self._fault(address & -PAGE_SIZE)
+                else:
+                    sent = os.read(self._hears, 64)
+                    if not sent:
+                        return
+                    allowed += len(sent)
+            if resident or not allowed:
+                continue
+            if at < len(runs):
+                at += self._batch(runs[at : at + _BATCH])
+                allowed -= 1
+            else:
+                resident = True
+                self._tell(_RESIDENT, 0, 0)
+
+    def _batch(self, runs: _Runs) -> int:
+        """Some runs. :return: how many it were."""
+        pages = done = 0
+        for offset, address, count in runs.tolist():
+            for first in range(0, count, _RUN):
+                part = min(_RUN, count - first)
+                self._put(offset + first * _STEP, address + first * PAGE_SIZE, part)
+                for waiting in self._faults.faults():
+                    self._fault(waiting & -PAGE_SIZE)
+            pages += count
+            done += 1
+            if pages >= _BATCH:
+                break
+        self._tell(_CAME, 0, pages)
+        return done
+
+    def _put(self, offset: int, address: int, count: int) -> None:
+        raw = self._raw[: (count - 1) * _STEP + PAGE_SIZE]
+        self._file.readinto(offset, raw)
+        self._pages[:count] = np.ndarray((count, PAGE_SIZE), np.uint8, self._raw, 0, (_STEP, 1))
+        self._faults.fill(address, self._address, count * PAGE_SIZE)
+
+    def _fault(self, address: int) -> None:
+        for start, offsets in self._parts:
+            page = (address - start) // PAGE_SIZE
+            if 0 <= page < len(offsets):
+                break
+        else:
+            return
+        first = int(offsets[page])
+        if first < 0:
+            missing = offsets[page : page + _ZEROES_AROUND] < 0
+            count = len(missing) if missing.all() else int(missing.argmin())
+            self._faults.fill_with_zeroes(address, count * PAGE_SIZE)
+            return
+        around = offsets[page : page + _FAULT_AROUND]
+        follows = around == first + _STEP * np.arange(len(around))
+        count = len(around) if follows.all() else int(follows.argmin())
+        self._put(first, address, count)
+
+
+def _advise(block: MemoryBlock, advice: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    if libc.madvise(block.host_address, block.size, advice):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
