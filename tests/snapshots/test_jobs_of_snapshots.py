@@ -125,8 +125,12 @@ def test_a_cancelled_save_leaves_nothing_and_the_guest_running(found: Server, im
 
 def test_a_cancelled_load_leaves_the_guest_as_it_was(found: Server) -> None:
     assert found.save("s").error is None
+    # Paused before its turn has come, so that it is held at its first checkpoint however short it is.
+    paused_save(found, "before", "other")
     found.send("snapshot-load", job_id="j", tag="s", **NODE)
     found.send("job-pause", id="j")
+    found.until("j", "created")
+    found.send("job-resume", id="before")
     events = found.until("j", "paused")
     found.send("job-cancel", id="j")
     events += found.until("j", "concluded")
