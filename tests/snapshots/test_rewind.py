@@ -271,8 +271,8 @@ def test_a_save_that_the_host_does_not_tell_the_changes_loses_none_for_the_next(
     bench.change(1, 300)
     ask = Pagemap.take_written
 
-    def lose(pagemap: Pagemap, start: int, length: int) -> Ranges:
-        ask(pagemap, start, length)
+    def lose(pagemap: Pagemap, start: int, length: int, *, filled: bool = False) -> Ranges:
+        ask(pagemap, start, length, filled=filled)
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     with monkeypatch.context() as patch:

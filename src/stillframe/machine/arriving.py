@@ -14,13 +14,10 @@ the kernel lets go of everybody who waits, with zeroes, and we stop the guest.
 import contextlib
 import ctypes
 import errno
-import gc
 import mmap
 import os
 import select
-import signal
 import struct
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from stillframe.errors import IOFailed
-from stillframe.machine.memory import PAGE_SIZE, MemoryBlock
+from stillframe.machine.child import fork_child, wait_for_child
+from stillframe.machine.memory import PAGE_SIZE, MemoryBlock, aligned_mapping
 from stillframe.machine.userfault import (
     FEATURE_WP_ASYNC,
     FEATURE_WP_UNPOPULATED,
@@ -58,7 +56,6 @@ _PATIENCE = 200
 
 _MAYMOVE, _FIXED, _DONTUNMAP = 1, 2, 4
 _DONTFORK, _DOFORK = 10, 11
-_ALIGNED = 2 << 20
 
 Flags = Mapping[str, npt.NDArray[np.bool_]]
 Offsets = npt.NDArray[np.int64]
@@ -98,13 +95,7 @@ class MovedPages:
 
     def __init__(self, block: MemoryBlock) -> None:
         self._block = block
-        self._room = mmap.mmap(
-            -1,
-            block.size + _ALIGNED,
-            flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000),
-        )
-        start = ctypes.addressof(ctypes.c_uint8.from_buffer(self._room))
-        self._address = start + -start % _ALIGNED
+        self._room, _, self._address = aligned_mapping(block.size)
         try:
             _move(block.host_address, self._address, block.size)
         except BaseException:
@@ -178,27 +169,9 @@ class ArrivingMemory:
         faults = self._faults
         if faults is None:
             raise RuntimeError("Already given away")
-        # None of the parent's handlers runs in the child, which is ended by its pipe; a Ctrl-C is the parent's to answer.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        pid = -1
-        try:
-            with warnings.catch_warnings():
-                # The child calls nothing that another thread's lock could hold up.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                pid = os.fork()
-        finally:
-            if pid:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if pid:
-            return pid
-        try:
-            gc.disable()
-            kept = sorted((faults.fd, file.fd, hears, told))
-            for last, after in zip([-1, *kept], [*kept, 1 << 20], strict=True):
-                os.closerange(last + 1, after)
-            _Server(faults, parts, file, hears, told).serve()
-        finally:
-            os._exit(0)
+        return fork_child(
+            lambda: _Server(faults, parts, file, hears, told).serve(), (faults.fd, file.fd, hears, told)
+        )
 
     def empty(self) -> None:
         """Held, and nobody else watches the blocks: their pages are set aside, and missing from here on.
@@ -255,11 +228,8 @@ class ArrivingMemory:
         """At a boundary, after `fill`: watch no more. :return: the pages that were written since `empty`."""
         flags: dict[str, npt.NDArray[np.bool_]] = {}
         for block in self._blocks:
-            here = flags[block.name] = np.zeros(block.size // PAGE_SIZE, np.bool_)
-            ranges = self._pagemap.take_written(block.host_address, block.size, filled=True)
-            pages = ((ranges - np.uint64(block.host_address)) // np.uint64(PAGE_SIZE)).astype(np.int64)
-            for first, end in pages.tolist():
-                here[first:end] = True
+            flags[block.name] = np.zeros(block.size // PAGE_SIZE, np.bool_)
+            self._pagemap.mark_written(flags[block.name], block.host_address, filled=True)
         self.close()
         return flags
 
@@ -279,7 +249,7 @@ class ArrivingMemory:
             os.close(self._report)
             self._control = self._report = -1
         if self._pid > 0:
-            os.waitpid(self._pid, 0)
+            wait_for_child(self._pid)
             self._pid = -1
         self._pagemap.close()
 

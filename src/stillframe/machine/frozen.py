@@ -16,14 +16,13 @@ import errno
 import logging
 import mmap
 import os
-import signal
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Literal, NoReturn
+from contextlib import contextmanager
+from typing import Literal
 
 from stillframe.errors import IOFailed, Refused
+from stillframe.machine.child import fork_child, wait_for_child
 from stillframe.machine.memory import GuestMemory, MemoryBlock
 
 _log = logging.getLogger(__name__)
@@ -32,8 +31,6 @@ How = Literal["forked", "copied"]
 
 _COPIED_AT_ONCE = 1 << 20
 _ZEROES = bytes(_COPIED_AT_ONCE)
-_FIRST_DESCRIPTOR = 0
-_LAST_DESCRIPTOR = 1 << 20
 
 
 class FrozenMemory(ABC):
@@ -74,7 +71,7 @@ class ForkedMemory(FrozenMemory):
         reader, self._writer = os.pipe()
         self._let_go, held = os.pipe()
         try:
-            self._pid = _fork_sleeper(reader)
+            self._pid = fork_child(lambda: _sleep(reader), (reader,))
         except BaseException:
             os.close(self._writer)
             os.close(self._let_go)
@@ -127,9 +124,7 @@ class ForkedMemory(FrozenMemory):
         self._wait_until_let_go()
         os.close(self._writer)
         self._writer = -1
-        # Who started us with SIGCHLD ignored has the kernel wait for our children.
-        with suppress(ChildProcessError):
-            os.waitpid(self._pid, 0)
+        wait_for_child(self._pid)
 
 
 class CopiedMemory(FrozenMemory):
@@ -223,29 +218,6 @@ def _process_vm_readv() -> "ctypes._NamedFuncPointer":
     return function
 
 
-def _fork_sleeper(reader: int) -> int:
-    """Fork a child that holds nothing but `reader`, and sleeps until its other end closes. :return: its process id."""
-    # A Ctrl-C in the terminal goes to the child, too, and is the parent's to answer: in the child it would begin to undo what
-    # the parent is at, or wake the parent a second time through what both hold. The child keeps them blocked.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
-        with warnings.catch_warnings():
-            # The child calls nothing that another thread's lock could hold up.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            pid = os.fork()
-            if not pid:
-                _sleep(reader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return pid
-
-
-def _sleep(reader: int) -> NoReturn:
+def _sleep(reader: int) -> None:
     """In the child: until the other end closes."""
-    try:
-        # What the parent holds (locks of images, sockets, its output) must end with the parent.
-        os.closerange(_FIRST_DESCRIPTOR, reader)
-        os.closerange(reader + 1, _LAST_DESCRIPTOR)
-        os.read(reader, 1)
-    finally:
-        os._exit(0)
+    os.read(reader, 1)

@@ -41,17 +41,26 @@ class MemoryBlock:
     @classmethod
     def allocate(cls, name: str, base: int, size: int, *, is_ram: bool) -> "MemoryBlock":
         """Map `size` bytes of zeroes; no memory is used before it is touched."""
-        mapping = mmap.mmap(
-            -1,
-            size + _HUGE_PAGE,
-            flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000),
-        )
-        start = ctypes.addressof(ctypes.c_uint8.from_buffer(mapping))
-        offset = -start % _HUGE_PAGE
+        mapping, offset, address = aligned_mapping(size)
         # Fewer page tables: what a fork copies while the guest stands still (frozen.py). A kernel without them ignores it.
         with contextlib.suppress(OSError):
             mapping.madvise(_MADV_HUGEPAGE)
-        return cls(name, base, size, is_ram, memoryview(mapping)[offset : offset + size], start + offset)
+        return cls(name, base, size, is_ram, memoryview(mapping)[offset : offset + size], address)
+
+
+def aligned_mapping(size: int) -> tuple[mmap.mmap, int, int]:
+    """Room for `size` bytes that begins where a huge page does, and takes no memory before it is touched.
+
+    :return: the mapping, where in it the room begins, and the host's address of that. :raise OSError: there is none.
+    """
+    mapping = mmap.mmap(
+        -1,
+        size + _HUGE_PAGE,
+        flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000),
+    )
+    start = ctypes.addressof(ctypes.c_uint8.from_buffer(mapping))
+    offset = -start % _HUGE_PAGE
+    return mapping, offset, start + offset
 
 
 class GuestMemory:

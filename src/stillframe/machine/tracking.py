@@ -129,11 +129,7 @@ class KernelTracking(Tracking):
 
     def _gather(self) -> None:
         for block in self._blocks:
-            flags = self._changed[block.name]
-            ranges = self._pagemap.take_written(block.host_address, block.size)
-            pages = ((ranges - np.uint64(block.host_address)) // np.uint64(PAGE_SIZE)).astype(np.int64)
-            for first, end in pages.tolist():
-                flags[first:end] = True
+            self._pagemap.mark_written(self._changed[block.name], block.host_address)
 
     def take(self) -> Changes:
         self._gather()

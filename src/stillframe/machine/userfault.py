@@ -24,8 +24,6 @@ _DEVICE_NEW = 0xAA00
 _API_NUMBER = 0xAA
 _API = 0xC018AA3F
 _REGISTER = 0xC020AA00
-_UNREGISTER = 0x8010AA01
-_WRITE_PROTECT = 0xC018AA06
 _WAKE = 0x8010AA02
 _COPY = 0xC028AA03
 _ZEROPAGE = 0xC020AA04
@@ -77,9 +75,8 @@ class Userfaultfd:
 
     def __init__(self, features: int) -> None:
         self.fd = -1
-        self.how = ""
         last = OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-        for how, fd in _ways():
+        for fd in _ways():
             if isinstance(fd, OSError):
                 last = fd
                 continue
@@ -89,17 +86,13 @@ class Userfaultfd:
                 os.close(fd)
                 last = error
                 continue
-            self.fd, self.how = fd, how
+            self.fd = fd
             return
         raise last
 
     def register(self, start: int, length: int, mode: int) -> None:
         """Watch a range of whole pages. :raise OSError: somebody does already, or it is not ours."""
         fcntl.ioctl(self.fd, _REGISTER, bytearray(struct.pack("=QQQQ", start, length, mode, 0)))
-
-    def unregister(self, start: int, length: int) -> None:
-        """Watch it no longer."""
-        fcntl.ioctl(self.fd, _UNREGISTER, bytearray(struct.pack("=QQ", start, length)))
 
     def faults(self) -> list[int]:
         """The addresses that threads wait for, each for a missing page; empty if none does now."""
@@ -149,23 +142,24 @@ class Userfaultfd:
             self.fd = -1
 
 
-def _ways() -> "Iterator[tuple[str, int | OSError]]":
+def _ways() -> "Iterator[int | OSError]":
+    """Descriptors, the larger privilege first, and what stands against one."""
     try:
         device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
         try:
-            yield "/dev/userfaultfd", fcntl.ioctl(device, _DEVICE_NEW, os.O_CLOEXEC | os.O_NONBLOCK)
+            yield fcntl.ioctl(device, _DEVICE_NEW, os.O_CLOEXEC | os.O_NONBLOCK)
         finally:
             os.close(device)
     except OSError as error:
-        yield "/dev/userfaultfd", error
+        yield error
     number = _SYSTEM_CALL.get(platform.machine())
     if number is None:
         return
     libc = ctypes.CDLL(None, use_errno=True)
-    for flags, how in ((0, "system call"), (_USER_MODE_ONLY, "system call, user mode only")):
+    for flags in (0, _USER_MODE_ONLY):
         fd = libc.syscall(number, os.O_CLOEXEC | os.O_NONBLOCK | flags)
         code = ctypes.get_errno()
-        yield how, fd if fd >= 0 else OSError(code, os.strerror(code))
+        yield fd if fd >= 0 else OSError(code, os.strerror(code))
 
 
 class _ScanArguments(ctypes.Structure):
@@ -223,6 +217,13 @@ class Pagemap:
             parts.append(found.reshape(-1, 3)[:, :2].copy())
             start = int(asked.walk_end)
         return np.concatenate(parts) if parts else np.zeros((0, 2), np.uint64)
+
+    def mark_written(self, flags: npt.NDArray[np.bool_], start: int, *, filled: bool = False) -> None:
+        """`take_written` of as many pages as there are flags: each that was written gets its flag, no flag goes."""
+        ranges = self.take_written(start, len(flags) * _PAGE, filled=filled)
+        pages = ((ranges - np.uint64(start)) // np.uint64(_PAGE)).astype(np.int64)
+        for first, end in pages.tolist():
+            flags[first:end] = True
 
     def close(self) -> None:
         """Ask no more; a second time, nothing."""

@@ -47,3 +47,11 @@ def told(prefix: str) -> Iterator[None]:
         error.message = f"{prefix}: {error.message}"
         error.args = (error.message,)
         raise
+
+
+def add_left(error: BaseException, text: str) -> None:
+    """Tell with an error, whatever it is, one more thing about the state in which it leaves things."""
+    if isinstance(error, StillframeError):
+        error.left = f"{error.left}; {text}" if error.left else text
+    else:
+        error.add_note(text)

@@ -32,7 +32,7 @@ from stillframe.block.node import (
     SnapshotRecord,
 )
 from stillframe.errors import InvalidRequest, StillframeError
-from stillframe.snapshots.context import told
+from stillframe.snapshots.context import add_left, told
 from stillframe.snapshots.selection import SnapshotNode
 
 _log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def all_or_none(
     except BaseException as error:
         in_doubt = marks.give_back(error, committed, prepared)
         for name, further in marks.take_off(in_doubt):
-            _tell(error, f"Node '{name}' still carries the mark of the operation: {further}")
+            add_left(error, f"Node '{name}' still carries the mark of the operation: {further}")
         raise
     for name, trouble in marks.take_off():
         # The operation is done on all images: the mark says no more than that, to whoever opens this one next.
@@ -151,13 +151,13 @@ class _Marks:
             if self._kind is GroupKind.DELETE and each is self._decider and in_doubt:
                 _finish([each])
                 in_doubt.add(step.node_name)
-                _tell(
+                add_left(
                     error,
                     f"Node '{step.node_name}' is without it, as all will be that are opened together again",
                 )
             elif self._kind is not GroupKind.DELETE and self._decider_in(in_doubt):
                 in_doubt |= _give_back(error, [(step.node_name, change.suspend)]) | {step.node_name}
-                _tell(error, f"Node '{step.node_name}' takes no more writes until it is opened again")
+                add_left(error, f"Node '{step.node_name}' takes no more writes until it is opened again")
             else:
                 in_doubt |= _give_back(error, [(step.node_name, change.roll_back)])
         return in_doubt
@@ -239,7 +239,7 @@ def _give_back(error: BaseException, undo: Sequence[tuple[str, Callable[[], None
     for node_name, further in failed:
         text = f"Node '{node_name}' could not be brought back to what it was: {further}"
         _log.error("%s", text)
-        _tell(error, text)
+        add_left(error, text)
     return {node_name for node_name, _ in failed}
 
 
@@ -252,10 +252,3 @@ def _attempt(actions: Iterable[tuple[str, Callable[[], None]]]) -> list[tuple[st
         except Exception as error:
             failed.append((node_name, error))
     return failed
-
-
-def _tell(error: BaseException, text: str) -> None:
-    if isinstance(error, StillframeError):
-        error.left = f"{error.left}; {text}" if error.left else text
-    else:
-        error.add_note(text)

@@ -23,7 +23,7 @@ from stillframe.machine.machine import Machine
 from stillframe.machine.memory import PAGE_SIZE, GuestMemory
 from stillframe.snapshots.context import Context
 from stillframe.snapshots.ground import Ground, read_page_index
-from stillframe.snapshots.rewind import NearbyMemory, PageCache
+from stillframe.snapshots.rewind import NearbyMemory
 from stillframe.snapshots.selection import Found
 from stillframe.vmstate.page_index import PageIndex
 from stillframe.vmstate.ram import RamBlock
@@ -52,13 +52,11 @@ class LazyMemory:
     def _other_memory(self, found: Found, index: PageIndex, state: StateFile) -> NearbyMemory:
         rest = GuestMemory(tuple(block for block in self._machine.memory if not block.is_ram))
         every = {block.name: np.ones(block.size // PAGE_SIZE, np.bool_) for block in rest}
-        cache = PageCache()
-        cache.use_for(UUID(int=0), index)
 
         def read(offset: int, length: int) -> bytes:
             return found.node.store.read_state(found.snapshot, offset, length)
 
-        memory = NearbyMemory(rest, index, every, read, cache)
+        memory = NearbyMemory(rest, index, every, read, cache=None)
         try:
             memory.stage(every)
         except BaseException:

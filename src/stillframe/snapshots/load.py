@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from stillframe.block.node import GroupKind
-from stillframe.errors import Corrupt, IOFailed, StateMismatch, StillframeError
+from stillframe.errors import Corrupt, IOFailed, StateMismatch
 from stillframe.machine.devices import Device
 from stillframe.machine.machine import Machine
 from stillframe.machine.run_state import RunState
-from stillframe.snapshots.context import Context, told
+from stillframe.snapshots.context import Context, add_left, told
 from stillframe.snapshots.ground import Ground
 from stillframe.snapshots.group import Step, all_or_none
 from stillframe.snapshots.lazy import LazyMemory, lazy_memory
@@ -240,11 +240,7 @@ def _put_back(device: Device, values: Values, error: BaseException) -> None:
     try:
         device.load_state(values)
     except Exception as further:
-        text = f"Device '{device.section_name}' could not be brought back to what it was: {further}"
-        if isinstance(error, StillframeError):
-            error.left = f"{error.left}; {text}" if error.left else text
-        else:
-            error.add_note(text)
+        add_left(error, f"Device '{device.section_name}' could not be brought back to what it was: {further}")
 
 
 def _key(device: Device) -> SectionKey:

@@ -66,7 +66,8 @@ class NearbyMemory:
     """The pages of a snapshot that differ from a machine's, to be exchanged with them.
 
     :param index: of the snapshot. :param differing: pages that differ already at the ground, besides those that changed since.
-    :param read: of the snapshot's stream, offset and length. :param cache: of this snapshot's pages.
+    :param read: of the snapshot's stream, offset and length.
+    :param cache: of this snapshot's pages; None where they are wanted once.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class NearbyMemory:
         index: PageIndex,
         differing: Flags,
         read: Callable[[int, int], bytes],
-        cache: PageCache,
+        cache: PageCache | None,
     ) -> None:
         self._memory = memory
         self._index = index
@@ -97,6 +98,8 @@ class NearbyMemory:
                 self._staged.append((block, numbers, self._pages(block.name, numbers)))
 
     def _pages(self, block: str, numbers: Addresses) -> Pages:
+        if self._cache is None:
+            return read_pages(self._read, self._index.offsets[block][numbers])
         slots = self._cache.slots(block, numbers)
         known = slots >= 0
         if known.all():

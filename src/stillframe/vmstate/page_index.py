@@ -35,8 +35,6 @@ NO_RECORD = -2
 Offsets = npt.NDArray[np.int64]
 """One a page of a block: where its bytes stand in the stream, or one of the two above."""
 
-MAXIMUM_BYTES = 256 << 20
-
 _MAGIC = b"SFPI"
 _HEAD = struct.Struct(">4sIIIQQ")
 _BLOCK = struct.Struct(">QI")
