@@ -53,7 +53,7 @@ wheel-demo: wheel ## run the demo from the wheel alone, in an empty environment
 crash: $(STAMP) peers ## more than 50,000 different states in which a crash can leave an image, each opened, checked and compared
 	mkdir -p build/crash
 	PYTHONPATH=tests $(BIN)/python -m qcow2.crash_run --states 90000 --jobs $(JOBS) --folder build/crash $(CRASH_ARGS)
-	STILLFRAME_LONG=1 $(BIN)/pytest -q -n $(JOBS) tests/snapshots/test_group_crashes.py
+	STILLFRAME_LONG=1 $(BIN)/pytest -q -n $(JOBS) tests/snapshots/test_group_crashes.py tests/snapshots/test_live_crashes.py
 
 stress: $(STAMP) peers ## snapshots of a guest that never rests, two minutes, then a busy machine killed over and over, ten; STRESS_ARGS="--minutes N --rounds N --seed N"
 	$(BIN)/python tests/storm.py
