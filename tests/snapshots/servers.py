@@ -11,6 +11,7 @@ from typing import Any
 from monitor.harness import Client, Lines, qemu, served
 from peers import peer
 from stillframe.machine.machine import Machine
+from stillframe.monitor.host import Host
 
 SERVERS = ("stillframe", "qemu host", "qemu 10.0")
 
@@ -24,11 +25,12 @@ class Outcome:
 
 
 class Server:
-    """A negotiated monitor, and which server it is."""
+    """A negotiated monitor, and which server it is. :ivar host: of one of ours, what is behind the monitor."""
 
-    def __init__(self, kind: str, lines: Lines) -> None:
+    def __init__(self, kind: str, lines: Lines, host: Host | None = None) -> None:
         self.kind = kind
         self.lines = lines
+        self.host = host
         self._unanswered = 0
 
     @property
@@ -126,15 +128,17 @@ def server(
         QEMU.
     """
     with ExitStack() as stack:
+        host = None
         if kind == "stillframe":
-            host, address = stack.enter_context(served(folder / "qmp.sock", running=running))
-            equip(host.host.machine)
+            behind, address = stack.enter_context(served(folder / "qmp.sock", running=running))
+            host = behind.host
+            equip(host.machine)
             lines: Lines = stack.enter_context(Client(address))
         else:
             program = peer("qemu-system-x86_64", kind.removeprefix("qemu "))
             paused = () if running else ("-S",)
             lines = stack.enter_context(qemu(program, *paused, *arguments))
-        yield Server(kind, lines.negotiate())
+        yield Server(kind, lines.negotiate(), host)
 
 
 def qemu_img(*arguments: str | Path) -> str:
