@@ -1,4 +1,5 @@
-"""What is saved while memory goes on changing is, page for page, what a copy taken in the pause holds: for every reader."""
+"""What is saved while memory and disk go on changing is, page for page and byte for byte, what a copy taken in the pause holds:
+for every reader."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -8,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qcow2.scenes import content_of
 from snapshots.hosts import Register, new_image, new_machine, opened, qemu_img_check
-from stillframe.block.node import SnapshotInfo
+from stillframe.block.node import Node, SnapshotInfo
 from stillframe.block.qcow2.node import Qcow2Node
 from stillframe.events import Event
 from stillframe.machine.machine import Machine
@@ -30,9 +32,9 @@ SIZES = {"ram": 24 << 20, "rom": 64 << 10}
 
 
 class Copier(Register):
-    """A device that copies all memory when its state is taken: a stop-and-copy of the instant of the save.
+    """A device that copies all memory and the disk when its state is taken: a stop-and-copy of the instant of the save.
 
-    From then on until the machine runs again nobody changes memory.
+    From then on until the machine runs again nobody changes them.
     """
 
     def __init__(self) -> None:
@@ -40,11 +42,15 @@ class Copier(Register):
         self.still = threading.Lock()
         self.machine: Machine | None = None
         self.copy: dict[str, bytes] = {}
+        self.node: Node | None = None
+        self.disk = b""
 
     def save_state(self) -> Values:
         assert self.machine is not None
         self.still.acquire()
         self.copy = {block.name: bytes(block.view) for block in self.machine.memory}
+        if self.node is not None:
+            self.disk = self.node.read(0, self.node.size)
         return super().save_state()
 
     def heard(self, event: Event) -> None:
@@ -66,8 +72,12 @@ def machine(copier: Copier) -> Machine:
 
 
 @contextmanager
-def guest_that_writes(machine: Machine, still: threading.Lock, width: int) -> Iterator[Callable[[], int]]:
-    """Pages are filled, and cleared, by another thread, also while a save writes. :param width: pages it keeps to.
+def guest_that_writes(
+    machine: Machine, still: threading.Lock, width: int, disk: Node | None = None
+) -> Iterator[Callable[[], int]]:
+    """Pages are filled, and cleared, by another thread, also while a save writes, and the disk is written to and discarded.
+
+    :param width: pages it keeps to.
 
     :return: how many were changed so far.
     """
@@ -84,6 +94,8 @@ def guest_that_writes(machine: Machine, still: threading.Lock, width: int) -> It
             content[::4] = 0
             with still:
                 pages[chosen] = content
+                if disk is not None:
+                    change_disk(disk, chance)
                 changed += 16
 
     thread = threading.Thread(target=write)
@@ -93,6 +105,20 @@ def guest_that_writes(machine: Machine, still: threading.Lock, width: int) -> It
     finally:
         ended.set()
         thread.join()
+
+
+def change_disk(disk: Node, chance: np.random.Generator) -> None:
+    """What a guest can do to one."""
+    offset, length = (int(number) * 512 for number in chance.integers(1, 200, 2))
+    match int(chance.integers(0, 8)):
+        case 0:
+            disk.discard(offset // 65536 * 65536, 65536)
+        case 1:
+            disk.write_zeroes(offset, length)
+        case 2:
+            disk.flush()
+        case _:
+            disk.write(offset, chance.bytes(length))
 
 
 class Rebuilt:
@@ -149,8 +175,10 @@ def test_a_live_stream_is_the_stop_and_copy_of_its_instant(
     ground = Ground(machine, "xxh3" if found_by == "hashes" else None)
     path = new_image(tmp_path / "state.qcow2")
     instants: dict[str, dict[str, bytes]] = {}
-    went_on = False
-    with opened(path, "state") as node, guest_that_writes(machine, copier.still, width) as changes:
+    disks: dict[str, bytes] = {}
+    went_on = disk_went_on = False
+    with opened(path, "state") as node, guest_that_writes(machine, copier.still, width, node) as changes:
+        copier.node = node
         for number in range(6):
             before = changes()
             while changes() < before + 64:
@@ -158,9 +186,14 @@ def test_a_live_stream_is_the_stop_and_copy_of_its_instant(
             chosen = selection.for_save([selection.snapshot_node(node)], f"s{number}", None)
             save(machine, chosen, Unwatched(), ground=ground)
             with copier.still:
-                instants[f"s{number}"] = copier.copy
+                instants[f"s{number}"], disks[f"s{number}"] = copier.copy, copier.disk
                 went_on |= bytes(machine.memory.blocks[0].view) != copier.copy["ram"]
+                disk_went_on |= node.read(0, node.size) != copier.disk
+                # Seen by the snapshot's own tables, while the guest writes on.
+                for tag, (disk, _) in content_of(node).snapshots.items():
+                    assert disk == disks[tag]
         assert went_on
+        assert disk_went_on
         parents = set()
         for snapshot in node.snapshot_store.snapshots():
             state = node.snapshot_store.read_state(snapshot, 0, snapshot.state_size)
@@ -180,6 +213,7 @@ def test_a_live_stream_is_the_stop_and_copy_of_its_instant(
             chosen_load = selection.for_load([selection.snapshot_node(node)], tag, None)
             load(fresh, chosen_load, Unwatched())
             assert {block.name: bytes(block.view) for block in fresh.memory} == instants[tag]
+            assert node.read(0, node.size) == disks[tag]
 
 
 def test_a_chain_goes_on_with_another_machine(machine: Machine, copier: Copier, tmp_path: Path) -> None:
