@@ -259,7 +259,7 @@ _Runs = npt.NDArray[np.int64]
 
 
 def _runs(parts: Sequence[tuple[int, Offsets]]) -> _Runs:
-    """What follows each other both in the stream and in memory, in the stream's order."""
+    """What follows each other both in the stream and in memory, `_RUN` pages at most, in the stream's order."""
     found: list[_Runs] = [np.zeros((0, 3), np.int64)]
     for address, offsets in parts:
         pages = np.flatnonzero(offsets >= 0)
@@ -268,8 +268,10 @@ def _runs(parts: Sequence[tuple[int, Offsets]]) -> _Runs:
         pages = pages[np.argsort(offsets[pages], kind="stable")]
         where = offsets[pages]
         cuts = np.flatnonzero((np.diff(pages) != 1) | (np.diff(where) != _STEP)) + 1
-        starts = np.concatenate(([0], cuts))
-        counts = np.diff(np.concatenate((starts, [len(pages)])))
+        whole = np.concatenate(([0], cuts))
+        within = np.arange(len(pages)) - np.repeat(whole, np.diff(whole, append=len(pages)))
+        starts = np.flatnonzero(within % _RUN == 0)
+        counts = np.diff(starts, append=len(pages))
         found.append(np.stack((where[starts], address + pages[starts] * PAGE_SIZE, counts), axis=1))
     every = np.concatenate(found)
     return every[np.argsort(every[:, 0], kind="stable")]
@@ -336,11 +338,9 @@ class _Server:
         """Some runs. :return: how many it were."""
         pages = done = 0
         for offset, address, count in runs.tolist():
-            for first in range(0, count, _RUN):
-                part = min(_RUN, count - first)
-                self._put(offset + first * _STEP, address + first * PAGE_SIZE, part)
-                for waiting in self._faults.faults():
-                    self._fault(waiting & -PAGE_SIZE)
+            self._put(offset, address, count)
+            for waiting in self._faults.faults():
+                self._fault(waiting & -PAGE_SIZE)
             pages += count
             done += 1
             if pages >= _BATCH:
