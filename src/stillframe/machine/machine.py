@@ -268,12 +268,15 @@ class Machine:
 
     def lose_memory(self, why: str) -> None:
         """Not all of the memory is what it should be: the guest stops at the next boundary, with `io-error`, and goes on only
-        after a load or a reset. Does not wait.
+        after a load or a reset. Waits for nothing but a hold, where there is no processor.
         """
         self._memory_lost = why
         self.request_stop(RunState.IO_ERROR)
         self.engine.kick()
         self.mailbox.wake()
+        if not self.engine.has_processor:
+            # Nobody else comes to a boundary.
+            self.at_boundary(self._do_requested)
 
     def refuse_without_memory(self) -> None:
         """:raise Refused: `lose_memory` was called, and neither a reset nor a load has ended since."""
@@ -485,10 +488,13 @@ class Machine:
                     exit_ = engine.run_until(count=None, deadline_ns=deadline)
                 if exit_ is Exit.IDLE:
                     self._idle()
-            while self._requested:
-                self._requested.popleft()()
+            self._do_requested()
             if self._give_way:
                 return
+
+    def _do_requested(self) -> None:
+        while self._requested:
+            self._requested.popleft()()
 
     def _idle(self) -> None:
         """Sleep until an interrupt is pending, a timer is due, or somebody calls."""
