@@ -7,6 +7,7 @@ are set aside, which is the undo point, and its RAM is missing. After the resume
     job-pause     holds the fill; the guest's faults are served
     job-cancel    is refused: the disks are the snapshot's already
     an error      the guest is stopped with io-error, and goes on only after a load or a reset
+    quit          does not wait for what has not come: nobody is there to use it
 """
 
 import logging
@@ -17,7 +18,7 @@ from uuid import UUID
 import numpy as np
 
 from stillframe.block.node import SnapshotInfo
-from stillframe.errors import Corrupt, IOFailed, StillframeError
+from stillframe.errors import Cancelled, Corrupt, IOFailed, StillframeError
 from stillframe.machine.arriving import ArrivingMemory, StateFile
 from stillframe.machine.machine import Machine
 from stillframe.machine.memory import PAGE_SIZE, GuestMemory
@@ -92,7 +93,7 @@ class LazyMemory:
     def fill(self, context: Context, progress: Callable[[int], None]) -> None:
         """The guest may run: wait until all has come, then the machine stands on the snapshot.
 
-        :raise IOFailed: it cannot be read; the guest is stopped.
+        :raise IOFailed: it cannot be read; the guest is stopped. :raise Cancelled: the machine was ended meanwhile.
         """
         self._arriving.forget()
         lineage = self._found.snapshot.lineage
@@ -104,14 +105,25 @@ class LazyMemory:
             done += count
             progress(done)
             context.checkpoint()
+            if self._machine.shutdown is not None:
+                raise Cancelled
 
         try:
             self._arriving.fill(came)
+        except Cancelled:
+            # The server lives until nobody can touch memory any more: no disk is written to with what has not come.
+            self._machine.at_boundary(self._drain)
+            self._ground.close()
+            raise
         except BaseException as error:
             self._ground.close()
             self._lost(error)
             raise
         self._machine.at_boundary(lambda: self._settle(identity))
+
+    def _drain(self) -> None:
+        for device in self._machine.devices:
+            device.drain()
 
     def _settle(self, identity: UUID | None) -> None:
         """At a boundary, with all memory there: the machine stands on the snapshot."""
