@@ -26,7 +26,7 @@ from stillframe.block.qcow2.repair import repair
 
 pytestmark = pytest.mark.timeout(3600 if LONG else 300)
 
-POWER_LOSSES = 3000 if LONG else 60
+POWER_LOSSES = 1000 if LONG else 60
 SHOWN_EVERY = 60
 REPAIRED_EVERY = 8
 ALONE = ("state",)
