@@ -66,6 +66,7 @@ def test_save_list_load_delete_without_naming_nodes_says_what_was_left_out(box: 
     listed = json.loads(stillframe("list", box, "--json", check=True).stdout)
     assert [(each["tag"], each["vmstate"]) for each in listed] == [("one", "root")]
     assert stillframe("load", box, "one").returncode == 0
+    assert stillframe("load", box, "one", "--eager").returncode == 0
     assert stillframe("delete", box, "one").returncode == 0
     assert json.loads(stillframe("list", box, "--json", check=True).stdout) == []
     assert json.loads(stillframe("jobs", box, "--json", check=True).stdout) == []
@@ -257,6 +258,7 @@ def test_the_same_commands_work_on_a_real_qemu(version: str, image: Path, tmp_pa
         for words, begins in (
             (("save", *address, "one"), "Saved 'one' on root"),
             (("load", *address, "one"), "Loaded 'one' on root"),
+            (("load", *address, "one", "--eager"), "Loaded 'one' on root"),
             (("delete", *address, "one"), "Deleted 'one' on root"),
         ):
             done = stillframe(*words)

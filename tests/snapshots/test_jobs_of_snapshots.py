@@ -204,3 +204,35 @@ def test_the_human_commands_wait_for_their_turn(found: Server) -> None:
     found.send("human-monitor-command", command_line="delvm one")
     found.until("j", "concluded")
     assert [name for _, name in found.tags()] == ["two"]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_an_eager_load_needs_nothing_of_the_image_once_the_guest_runs(
+    tmp_path: Path, image: Path, eager: bool
+) -> None:
+    machines: list[Machine] = []
+
+    def equip(machine: Machine) -> None:
+        with_memory(machine)
+        machines.append(machine)
+
+    with server("stillframe", tmp_path, equip=equip) as found:
+        found.add(0, image)
+        assert found.save("s").error is None
+        found.ask("quit")
+    whole = image.read_bytes()
+    with server("stillframe", tmp_path, equip=equip) as found:
+        found.add(0, image)
+        machines[1].events.subscribe(
+            lambda event: os.truncate(image, 1 << 20) if event.name == "RESUME" else None
+        )
+        outcome = found.job("snapshot-load", tag="s", **NODE, **({"eager": True} if eager else {}))
+        image.write_bytes(whole)
+        if eager:
+            assert outcome.error is None
+            assert bytes(machines[1].memory.blocks[0].view) == bytes(machines[0].memory.blocks[0].view)
+        else:
+            if outcome.error is None:
+                pytest.skip("this host has no userfaultfd")
+            assert "Could not read the guest's memory" in outcome.error
+            assert found.lines.execute("cont")["class"] == "GenericError"

@@ -130,14 +130,19 @@ def save(
 EXAMPLES
   stillframe load box before-upgrade
   stillframe load box clean --devices root --vmstate root
+  stillframe load box before-upgrade --eager
 
-What the machine does now is lost. A flash device's content is part of the machine state: it is
+The guest runs as soon as its devices are restored, and its memory comes while it does; the command
+ends when all has come. What the machine does now is lost. A flash device's content is part of the machine state: it is
 written back to its node, also where that node is not among the devices."""
 )
 @click.argument("words", nargs=-1, metavar="[NAME] TAG")
 @qmp_option
 @_devices_option
 @_vmstate_option
+@click.option(
+    "--eager", is_flag=True, help="The guest runs only when all of its memory is there, as with QEMU."
+)
 @_JOB_ID
 @_JSON
 def load(
@@ -145,6 +150,7 @@ def load(
     address: str | None,
     devices: str | None,
     vmstate: str | None,
+    eager: bool,
     job_id: str | None,
     as_json: bool,
 ) -> None:
@@ -157,7 +163,12 @@ def load(
         f"Loaded '{tag}'",
         lambda client: select_with_tag(client, tag, names, vmstate, needs_state=True),
         lambda client, chosen, listener: client.load(
-            tag, vmstate=chosen.home, devices=chosen.devices, job_id=job_id, progress=listener
+            tag,
+            vmstate=chosen.home,
+            devices=chosen.devices,
+            eager=eager,
+            job_id=job_id,
+            progress=listener,
         ),
         as_json=as_json,
     )

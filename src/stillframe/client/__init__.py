@@ -319,6 +319,12 @@ class Client:
 
     # Snapshots
 
+    async def _takes(self, command: str, argument: str) -> bool:
+        """Whether the server's introspection has this argument."""
+        schema = {each["name"]: each for each in await self.execute("query-qmp-schema")}
+        members = schema.get(schema.get(command, {}).get("arg-type"), {}).get("members", ())
+        return any(each["name"] == argument for each in members)
+
     async def save(
         self,
         tag: str,
@@ -342,15 +348,20 @@ class Client:
         *,
         vmstate: str,
         devices: Sequence[str],
+        eager: bool = False,
         job_id: str | None = None,
         progress: ProgressListener | None = None,
     ) -> JobState:
         """Bring a snapshot back; `snapshot-load`.
 
+        :param eager: the guest runs only when all of its memory is there. A server that does not know this, as QEMU,
+            never does otherwise.
         :raise JobFailed: with stillframe's server everything is as before; with QEMU's the guest may stand
             still.
         """
-        arguments = {"tag": tag, "vmstate": vmstate, "devices": list(devices)}
+        arguments: dict[str, Any] = {"tag": tag, "vmstate": vmstate, "devices": list(devices)}
+        if eager and await self._takes("snapshot-load", "eager"):
+            arguments["eager"] = True
         return await self.run_job("snapshot-load", arguments, job_id=job_id, progress=progress)
 
     async def delete(

@@ -32,7 +32,6 @@ class MachineSnapshots:
 
     :ivar queue: the turns of the jobs that call these methods.
     :ivar ground: the snapshot that the machine was last saved to or loaded from.
-    :ivar eager: loads read all of the memory before the guest runs.
     """
 
     def __init__(self, machine: Machine, graph: BlockGraph) -> None:
@@ -40,7 +39,6 @@ class MachineSnapshots:
         self._graph = graph
         self.queue = JobQueue()
         self.ground = Ground(machine)
-        self.eager = False
         self._recovering = threading.Lock()
         self._told: set[str] = set()
 
@@ -67,14 +65,17 @@ class MachineSnapshots:
         chosen = selection.for_save(selection.listed(self._graph, devices), tag, vmstate)
         self._save(context, chosen)
 
-    def load(self, context: Context, tag: str, vmstate: str, devices: Sequence[str]) -> None:
+    def load(
+        self, context: Context, tag: str, vmstate: str, devices: Sequence[str], *, eager: bool = False
+    ) -> None:
         """Bring the machine and these nodes back to a snapshot; after an error the guest is as it was.
 
+        :param eager: the guest runs only when all of its memory is there.
         :raise Refused: :raise Corrupt: :raise Failed: :raise Cancelled:
         """
         self.recover()
         chosen = selection.for_load(selection.listed(self._graph, devices), tag, vmstate)
-        self._load(context, chosen)
+        self._load(context, chosen, eager=eager)
 
     def delete(self, context: Context, tag: str, devices: Sequence[str]) -> None:
         """Delete the snapshot of that name wherever these nodes have it; nowhere is fine, too.
@@ -153,9 +154,9 @@ class MachineSnapshots:
         with self._held(chosen.nodes, "snapshot-save"):
             save(self._machine, chosen, context, ground=self.ground)
 
-    def _load(self, context: Context, chosen: LoadSelection) -> None:
+    def _load(self, context: Context, chosen: LoadSelection, *, eager: bool = False) -> None:
         with self._held([found.node for found in chosen.all], "snapshot-load"):
-            load(self._machine, chosen, context, ground=self.ground, eager=self.eager)
+            load(self._machine, chosen, context, ground=self.ground, eager=eager)
 
     def _delete(self, context: Context, found: Sequence[Found]) -> None:
         with self._held([each.node for each in found], "snapshot-delete"):

@@ -5,6 +5,8 @@ turns in the order of their creation, stay `concluded` until `job-dismiss`, and 
 bytes.
 """
 
+import msgspec
+
 from stillframe.jobs import JobContext
 from stillframe.monitor.host import Host
 from stillframe.monitor.schema import Structure, command
@@ -32,12 +34,14 @@ class LoadArguments(Structure):
     :param tag: the snapshot's name.
     :param vmstate: the node-name of the device that holds the machine state; one of `devices`.
     :param devices: the node-names of all devices to bring back to the snapshot.
+    :param eager: the guest runs only when all of its memory is there. Not QEMU's, whose loads always do.
     """
 
     job_id: str
     tag: str
     vmstate: str
     devices: list[str]
+    eager: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class DeleteArguments(Structure):
@@ -74,7 +78,9 @@ def snapshot_load(host: Host, arguments: LoadArguments) -> None:
     """
 
     def body(context: JobContext) -> None:
-        host.snapshots.load(context, arguments.tag, arguments.vmstate, arguments.devices)
+        host.snapshots.load(
+            context, arguments.tag, arguments.vmstate, arguments.devices, eager=arguments.eager is True
+        )
 
     host.jobs.create(arguments.job_id, "snapshot-load", body, queue=host.snapshots.queue)
 
