@@ -165,8 +165,15 @@ class PeerError(StillframeError):
     :param error_class: the QMP class of its answer; "GenericError" where there was none.
     """
 
-    def __init__(self, message: str, *, error_class: str = "GenericError", remedy: str | None = None) -> None:
-        super().__init__(message, remedy=remedy)
+    def __init__(
+        self,
+        message: str,
+        *,
+        error_class: str = "GenericError",
+        remedy: str | None = None,
+        left: str | None = None,
+    ) -> None:
+        super().__init__(message, remedy=remedy, left=left)
         self.error_class = error_class
 
 

@@ -16,8 +16,9 @@ import stillframe
 import stillframe.client as client_module
 from monitor.harness import PATIENCE, Served, free_port, served
 from peers import QEMU_VERSIONS, peer
-from stillframe.client import JobFailed, connect, resolve
+from stillframe.client import Disconnected, JobFailed, connect, resolve
 from stillframe.errors import Cancelled, InvalidRequest, NotFound, PeerError
+from stillframe.jobs import JobContext
 from stillframe.monitor.addresses import UnixAddress
 
 
@@ -238,8 +239,74 @@ def test_a_server_that_goes_in_the_middle_of_a_job_is_told(
             while not await other.jobs():
                 pass
             monitor[0].call(monitor[0].server.close())
-            with pytest.raises(PeerError, match="ended during"):
+            with pytest.raises(PeerError, match=r"connection .* ended during 'snapshot-save'") as told:
                 await saving
+            assert told.value.left == "The snapshot is there as a whole, or nothing of it is."
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("command", "left"),
+    [
+        ("save", "The snapshot was not taken, and nothing of it is left."),
+        ("load", "The disks are all as they were, or all the snapshot's."),
+        ("delete", "Nothing was deleted."),
+    ],
+)
+def test_a_machine_that_is_ended_in_the_middle_of_a_job_is_told_with_what_is_left(
+    busy: tuple[str, Callable[[], None]], tmp_path: Path, command: str, left: str
+) -> None:
+    async def work() -> None:
+        async with connect(busy[0]) as box, connect(busy[0]) as other:
+            await box.execute("blockdev-add", disk(tmp_path / "d"))
+            home = {} if command == "delete" else {"vmstate": "d"}
+            job = asyncio.create_task(getattr(box, command)("s", devices=["d"], **home))
+            while not await other.jobs():
+                pass
+            async with other.events("JOB_STATUS_CHANGE") as events:
+                ending = asyncio.create_task(other.quit())
+                while (await anext(events)).data["status"] != "aborting":
+                    pass
+            busy[1]()
+            with pytest.raises(Disconnected, match=f"^The machine ended during 'snapshot-{command}'") as told:
+                await job
+            assert told.value.left == left
+            await ending
+
+    run(work())
+
+
+def test_a_job_that_was_done_as_the_machine_ended_is_done(
+    monitor: tuple[Served, UnixAddress], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go = threading.Event()
+
+    def save(context: JobContext, *_: object) -> None:
+        context.point_of_no_return()
+        context.progress(7, 7)
+        assert let_go.wait(PATIENCE)
+
+    monkeypatch.setattr(monitor[0].host.snapshots, "save", save)
+
+    async def work() -> None:
+        async with connect(str(monitor[1])) as box, connect(str(monitor[1])) as other:
+            saving = asyncio.create_task(box.save("s", vmstate="d", devices=["d"]))
+            while not any(job.done for job in await other.jobs()):
+                pass
+            async with other.events("SHUTDOWN") as events:
+                ending = asyncio.create_task(other.quit())
+                await anext(events)
+                let_go.set()
+            job = await saving
+            assert (job.type, job.status, job.done, job.total, job.error) == (
+                "snapshot-save",
+                "concluded",
+                7,
+                7,
+                None,
+            )
+            await ending
 
     run(work())
 

@@ -9,7 +9,7 @@ import json
 import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 from qemu.qmp.protocol import Runstate
 
+from stillframe.client.job import Disconnected, JobFailed, JobLife, JobState
 from stillframe.errors import Cancelled, InvalidRequest, NotFound, PeerError
 from stillframe.monitor.addresses import (
     Address,
@@ -27,27 +28,22 @@ from stillframe.monitor.addresses import (
     parse_address,
 )
 
+__all__ = [
+    "Client",
+    "Disconnected",
+    "JobFailed",
+    "JobState",
+    "ProgressListener",
+    "QmpEvent",
+    "connect",
+    "resolve",
+]
+
 _POLL_SECONDS = 0.1
 _GREETING_SECONDS = 10.0
 
 ProgressListener = Callable[[int, int], None]
 """Called with what is done and what there is to do, in the job's unit."""
-
-
-@dataclass(frozen=True, slots=True)
-class JobState:
-    """A job as `query-jobs` shows it.
-
-    :param done: and :param total: progress in the job's own unit; stillframe's snapshot jobs count bytes.
-    :param error: why it failed; None while it runs and where it succeeded.
-    """
-
-    id: str
-    type: str
-    status: str
-    done: int
-    total: int
-    error: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +53,6 @@ class QmpEvent:
     name: str
     data: Mapping[str, Any]
     seconds: float
-
-
-class JobFailed(PeerError):
-    """A job concluded with an error; the message is the job's."""
-
-    def __init__(self, job: JobState) -> None:
-        super().__init__(job.error or f"Job '{job.id}' ended in state '{job.status}'")
-        self.job = job
 
 
 def resolve(target: str) -> Address:
@@ -164,7 +152,7 @@ class Client:
         except ExecuteError as error:
             raise PeerError(str(error), error_class=error.error_class) from error
         except (QMPError, EOFError, OSError) as error:
-            raise PeerError(
+            raise Disconnected(
                 f"The connection to '{self.address}' ended during '{command}'",
                 remedy="Is the machine still running?",
             ) from error
@@ -222,11 +210,8 @@ class Client:
 
     async def quit(self) -> None:
         """End the machine. Returns when the server has answered, or has gone without."""
-        try:
+        with suppress(Disconnected):
             await self.execute("quit")
-        except PeerError as error:
-            if error.__cause__ is None or isinstance(error.__cause__, ExecuteError):
-                raise
 
     # Jobs
 
@@ -256,66 +241,91 @@ class Client:
 
         If the task is cancelled the job is cancelled too, and its end awaited: nothing of it is left behind.
         Where the job was done before that could be, it is done: the cancellation is taken back and this
-        returns.
+        returns. So it does where the machine ended just after the job was done.
 
         :param job_id: chosen where None is given.
-        :raise JobFailed: the job's own error. :raise PeerError: it could not be started.
+        :raise JobFailed: the job's own error. :raise Cancelled: somebody else cancelled it.
+        :raise Disconnected: the machine ended; `left` says what that means for the snapshot.
+        :raise PeerError: it could not be started.
         """
         if job_id is None:
             job_id = f"stillframe-{secrets.token_hex(6)}"
-        with self._qmp.listener("JOB_STATUS_CHANGE") as listener:
+        with self._qmp.listener(JobLife.EVENTS) as listener:
+            life = JobLife(job_id, command, listener)
             try:
                 await self.execute(command, {"job-id": job_id, **arguments})
-                job = await self._until_concluded(job_id, listener, progress)
+                job = await self._see_through(life, progress)
             except asyncio.CancelledError:
-                done = await asyncio.shield(self._cancel(job_id, listener))
+                done = await asyncio.shield(self._cancel(life))
                 if done is None:
                     raise
                 job = done
                 if (task := asyncio.current_task()) is not None:
                     task.uncancel()
-        await self.execute("job-dismiss", {"id": job_id})
+            life.hear()
         if job.error is not None:
             if job.error == str(Cancelled()):
+                if life.machine_ended:
+                    raise self._ended(life)
                 raise Cancelled(left="Nothing of it is left behind.")
             raise JobFailed(job)
         return job
 
-    async def _until_concluded(
-        self, job_id: str, listener: EventListener, progress: ProgressListener | None
-    ) -> JobState:
-        while True:
-            job = next((each for each in await self.jobs() if each.id == job_id), None)
-            if job is None:
-                raise PeerError(f"Job '{job_id}' vanished: somebody else dismissed it")
-            if progress is not None:
-                progress(job.done, job.total)
-            if job.status == "concluded":
-                return job
-            try:
+    async def _see_through(self, life: JobLife, progress: ProgressListener | None) -> JobState:
+        """The job as it concluded; it is dismissed then."""
+        total = 1
+        try:
+            while (job := await self._job(life.id)) is not None:
+                total = job.total
+                if progress is not None:
+                    progress(job.done, total)
+                if job.status == "concluded":
+                    await self._dismiss(life)
+                    return job
                 # Not wait_for: before Python 3.12 it can swallow a cancellation.
-                async with asyncio.timeout(_POLL_SECONDS):
-                    await listener.get()
-            except TimeoutError:
-                continue
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_POLL_SECONDS):
+                        await life.change()
+        except Disconnected as error:
+            life.hear()
+            if not life.ended_well:
+                raise self._ended(life) from error
+        life.hear()
+        if life.ended_well:
+            return JobState(life.id, life.command, "concluded", total, total, None)
+        if life.machine_ended:
+            raise self._ended(life)
+        raise PeerError(f"Job '{life.id}' vanished: somebody else dismissed it")
 
-    async def _cancel(self, job_id: str, listener: EventListener) -> JobState | None:
+    async def _job(self, id: str) -> JobState | None:
+        return next((each for each in await self.jobs() if each.id == id), None)
+
+    async def _dismiss(self, life: JobLife) -> None:
+        """Forget a concluded job, if its machine's end does not."""
+        try:
+            await self.execute("job-dismiss", {"id": life.id})
+        except PeerError as error:
+            life.hear()
+            if not isinstance(error, Disconnected) and not life.machine_ended:
+                raise
+
+    async def _cancel(self, life: JobLife) -> JobState | None:
         """The job, if it was done in spite of the cancel; else it is gone, was never started, or its server
         is gone.
         """
-        try:
-            await self.execute("job-cancel", {"id": job_id})
-        except PeerError:
-            # It has just concluded, or is past the point from which it can be undone: its end is awaited.
-            pass
-        try:
-            job = await self._until_concluded(job_id, listener, None)
-            if job.error is None:
-                return job
-            await self.execute("job-dismiss", {"id": job_id})
-        except PeerError:
-            pass
+        with suppress(PeerError):
+            # Refused if it has just concluded, or is past the point from which it can be undone: its end is awaited.
+            await self.execute("job-cancel", {"id": life.id})
+        with suppress(PeerError):
+            job = await self._see_through(life, None)
+            return job if job.error is None else None
         return None
+
+    def _ended(self, life: JobLife) -> Disconnected:
+        """The server is gone, or is about to go."""
+        greeting = self._qmp.greeting
+        package = str(greeting.QMP.version["package"]) if greeting is not None else ""
+        return life.end(str(self.address), is_stillframe=package.startswith("stillframe"))
 
     # Snapshots
 
