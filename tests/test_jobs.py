@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from stillframe.errors import AlreadyExists, Cancelled, InvalidRequest, IOFailed, NotFound, Refused
 from stillframe.events import Event, EventBus
 from stillframe.jobs import TRANSITIONS, VERBS, JobContext, JobHooks, JobQueue, Jobs, JobStatus, JobVerb
+from stillframe.jobs.pace import Pace
 
 PATIENCE = 20.0
 TRANSCRIPTS = Path(__file__).parent / "data" / "transcripts"
@@ -580,3 +581,108 @@ class JobLife(RuleBasedStateMachine):
 
 TestJobLife = JobLife.TestCase
 TestJobLife.settings = settings(max_examples=60, stateful_step_count=15, deadline=None)
+
+
+# Speed
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_bytes_pass_no_faster_than_they_may_and_no_slower() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    began, passed = clock.now, 0
+    for count in (40, 1000, 30, 500) * 20:
+        # The work itself takes time, too, which counts.
+        clock.now += 0.25
+        pace.moved(count)
+        passed += count
+        clock.now += pace.rest(100)
+    assert clock.now - began == pytest.approx(passed / 100 + 0.25)
+
+
+def test_an_idle_time_is_not_saved_up_for_a_burst() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    pace.moved(100)
+    assert pace.rest(100) == 1.0
+    clock.now += 60
+    pace.moved(200)
+    assert pace.rest(100) == 0.0
+    pace.moved(200)
+    assert pace.rest(100) == 2.0
+
+
+def test_another_limit_counts_from_when_it_is_set() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    pace.moved(1000)
+    assert pace.rest(100) == 10.0
+    clock.now += 4
+    assert pace.rest(200) == 3.0
+    clock.now += 1
+    assert pace.rest(0) == 0.0
+    pace.moved(1 << 40)
+    assert (pace.rest(0), pace.limited) == (0.0, False)
+
+
+CENTURY = 1000
+"""Bytes that take longer than any test, at one a second."""
+
+
+def move(context: JobContext) -> None:
+    context.moved(CENTURY)
+
+
+def test_a_job_at_rest_goes_on_when_its_limit_is_lifted(watched: Watched) -> None:
+    steps = Steps()
+    watched.jobs.create("j", "snapshot-save", steps.body, speed=1)
+    steps.begin(move)
+    watched.jobs.set_speed("j", 0)
+    steps.begin(None)
+    assert watched.error("j") is None
+
+
+def test_a_job_at_rest_is_paused_and_cancelled_at_once(watched: Watched) -> None:
+    steps = Steps()
+    watched.jobs.create("j", "snapshot-save", steps.body, speed=1)
+    steps.begin(move)
+    watched.jobs.pause("j")
+    watched.wait_for("j", "paused")
+    watched.jobs.resume("j")
+    watched.jobs.cancel("j")
+    assert watched.error("j") == "Operation canceled"
+
+
+def test_the_end_of_all_jobs_lifts_the_limit_of_one_that_cannot_be_undone(watched: Watched) -> None:
+    steps = Steps()
+    watched.jobs.create("j", "snapshot-load", steps.body, speed=1)
+    steps.do(JobContext.point_of_no_return)
+    steps.begin(move)
+    steps.begin(None)
+    assert watched.jobs.cancel_all_and_wait(PATIENCE)
+    assert watched.statuses("j")[-2:] == ["concluded", "null"]
+    with pytest.raises(NotFound):
+        watched.jobs.set_speed("j", 1)
+
+
+@pytest.mark.parametrize("at", ["creation", "work"])
+def test_a_negative_speed_is_refused(watched: Watched, at: str) -> None:
+    steps = Steps()
+    refused = pytest.raises(InvalidRequest, match="expects a non-negative value")
+    if at == "creation":
+        with refused:
+            watched.jobs.create("j", "snapshot-save", steps.body, speed=-1)
+        assert watched.jobs.query() == []
+        return
+    watched.jobs.create("j", "snapshot-save", steps.body)
+    with refused:
+        watched.jobs.set_speed("j", -1)
+    steps.begin(None)
+    assert watched.error("j") is None

@@ -150,6 +150,9 @@ class Steps:
         if number == self.cancel_at:
             raise Cancelled
 
+    def moved(self, count: int) -> None:
+        self.checkpoint()
+
     def point_of_no_return(self) -> None:
         self.checkpoint()
 

@@ -5,11 +5,12 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from snapshots.hosts import qemu_img_check
-from snapshots.servers import Server, qemu_img, server
+from snapshots.servers import SERVERS, Server, qemu_img, server
 from stillframe.machine.machine import Machine
 from stillframe.machine.memory import GuestMemory, MemoryBlock
 
@@ -236,3 +237,70 @@ def test_an_eager_load_needs_nothing_of_the_image_once_the_guest_runs(
                 pytest.skip("this host has no userfaultfd")
             assert "Could not read the guest's memory" in outcome.error
             assert found.lines.execute("cont")["class"] == "GenericError"
+
+
+def begin(found: Server, command: str, event: str = "RESUME", **arguments: Any) -> None:
+    """Have a job made, and wait for an event of the guest's that it brings about."""
+    found.send(command, job_id="j", tag="s", **arguments, **NODE)
+    if event not in found.until("j", "running"):
+        found.until_event(event)
+
+
+def test_a_save_with_a_limit_writes_so_much_and_no_more_until_the_limit_is_lifted(found: Server) -> None:
+    """At one byte a second the first transfer comes through, and nothing after it before the test is over."""
+    begin(found, "snapshot-save", speed=1)
+    while not (before := found.ask("query-jobs")[0]["current-progress"]):
+        pass
+    assert before < RAM // 4
+    assert found.status() == "running"
+    found.send("block-job-set-speed", device="j", speed=0)
+    found.until("j", "concluded")
+    assert "error" not in found.ask("query-jobs")[0]
+    assert found.tags() == [("1", "s")]
+
+
+@pytest.mark.parametrize("end", ["job-cancel", "quit"])
+def test_a_save_at_rest_is_ended_at_once(tmp_path: Path, image: Path, end: str) -> None:
+    with server("stillframe", tmp_path, equip=with_memory) as found:
+        found.add(0, image)
+        begin(found, "snapshot-save", speed=1)
+        if end == "job-cancel":
+            found.send(end, id="j")
+            found.until("j", "concluded")
+            assert found.tags() == []
+        else:
+            found.ask(end)
+    assert qemu_img("snapshot", "-l", image) == ""
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_load_with_a_limit_does_not_keep_the_guest_from_its_memory(
+    tmp_path: Path, image: Path, eager: bool
+) -> None:
+    machines: list[Machine] = []
+
+    def equip(machine: Machine) -> None:
+        with_memory(machine)
+        machines.append(machine)
+
+    with server("stillframe", tmp_path, equip=equip) as found:
+        found.add(0, image)
+        assert found.save("s").error is None
+        found.ask("quit")
+    with server("stillframe", tmp_path, equip=equip) as found:
+        found.add(0, image)
+        begin(found, "snapshot-load", "j running" if eager else "RESUME", speed=1, eager=eager)
+        saved, loaded = (machine.memory.blocks[0].view for machine in machines)
+        if not eager:
+            assert bytes(loaded[-4096:]) == bytes(saved[-4096:])
+        found.send("block-job-set-speed", device="j", speed=0)
+        found.until("j", "concluded")
+        assert "error" not in found.ask("query-jobs")[0]
+        assert bytes(loaded) == bytes(saved)
+
+
+def test_the_words_about_a_speed_are_qemus(tmp_path: Path) -> None:
+    for kind in SERVERS[:2]:
+        with server(kind, tmp_path) as found:
+            asked = found.lines.execute("block-job-set-speed", device="nope", speed=-1)
+            assert asked == {"class": "DeviceNotActive", "desc": "Block job 'nope' not found"}

@@ -14,9 +14,8 @@ from stillframe.cli.image_open import (
     opened,
     progress_option,
     quiet_option,
-    read_size,
 )
-from stillframe.cli.present import printable
+from stillframe.cli.present import printable, read_size
 from stillframe.cli.progress import work_progress
 from stillframe.errors import Failed, InvalidRequest, NotFound, Unsupported
 

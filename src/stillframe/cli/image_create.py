@@ -4,8 +4,8 @@ from typing import Any
 
 import click
 
-from stillframe.cli.image_open import FORMATS, opened, quiet_option, read_size
-from stillframe.cli.present import format_size, parse_size, printable
+from stillframe.cli.image_open import FORMATS, opened, quiet_option
+from stillframe.cli.present import format_size, parse_size, printable, read_size
 from stillframe.errors import InvalidRequest, Unsupported
 
 IMAGE_OPTIONS = """\

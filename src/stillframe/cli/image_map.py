@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stillframe.cli.image_open import force_share_option, format_option, opened, read_size
-from stillframe.cli.present import printable
+from stillframe.cli.image_open import force_share_option, format_option, opened
+from stillframe.cli.present import printable, read_size
 from stillframe.errors import Unsupported
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stillframe.cli.present import parse_size
 from stillframe.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -34,19 +33,6 @@ progress_option = click.option(
     "-p", "--progress", is_flag=True, help="Show how far it is where nobody watches, too, as percentages."
 )
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Say nothing on success.")
-
-
-def read_size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
-    """A callback of click's for sizes with a suffix."""
-    if text is None:
-        return None
-    try:
-        return parse_size(text)
-    except ValueError:
-        raise click.BadParameter(
-            f"'{text}' is not a size. You may use k, M, G, T, P or E suffixes for kilobytes, megabytes, "
-            "gigabytes, terabytes, petabytes and exabytes."
-        ) from None
 
 
 @contextmanager

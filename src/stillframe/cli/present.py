@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+import click
+
 from stillframe.errors import StillframeError
 
 _UNITS = ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
@@ -46,6 +48,19 @@ def parse_size(text: str) -> int:
     if not number.isascii() or "_" in number or number.startswith(("+", "-")):
         raise ValueError(f"'{text}' is not a size")
     return int(number, 16 if number.startswith("0x") else 10) * scale
+
+
+def read_size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    """A callback of click's for sizes with a suffix."""
+    if text is None:
+        return None
+    try:
+        return parse_size(text)
+    except ValueError:
+        raise click.BadParameter(
+            f"'{text}' is not a size. You may use k, M, G, T, P or E suffixes for kilobytes, megabytes, "
+            "gigabytes, terabytes, petabytes and exabytes."
+        ) from None
 
 
 def format_date(seconds: int) -> str:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from stillframe.cli.present import format_date, format_size, printable, table
+from stillframe.cli.present import format_date, format_size, printable, read_size, table
 from stillframe.cli.progress import progress_bar
 from stillframe.cli.selection import Selection, describe, select_for_save, select_with_tag
 from stillframe.cli.target import converse, qmp_option, split_words
@@ -32,6 +32,15 @@ def _devices_option(command: Command) -> Command:
 def _vmstate_option(command: Command) -> Command:
     return click.option(
         "--vmstate", metavar="NODE", help="The node that holds the machine state; one of the devices."
+    )(command)
+
+
+def _speed_option(command: Command) -> Command:
+    return click.option(
+        "--speed",
+        metavar="SIZE",
+        callback=read_size,
+        help="At most so many bytes of machine state a second, as 50M; the guest is not held.",
     )(command)
 
 
@@ -93,13 +102,17 @@ EXAMPLES
   stillframe save box before-upgrade
   stillframe save box clean --devices root,vars --vmstate root
   stillframe save --qmp unix:/run/vm/qmp.sock clean --json
+  stillframe save box nightly --speed 50M --job-id night
+  stillframe qmp box block-job-set-speed device=night speed=0
 
-Ctrl-C cancels the job; nothing of it is left behind, and the guest goes on."""
+The last one lifts the limit while the job is at work. Ctrl-C cancels the job; nothing of it is left
+behind, and the guest goes on."""
 )
 @click.argument("words", nargs=-1, metavar="[NAME] TAG")
 @qmp_option
 @_devices_option
 @_vmstate_option
+@_speed_option
 @_JOB_ID
 @_JSON
 def save(
@@ -107,6 +120,7 @@ def save(
     address: str | None,
     devices: str | None,
     vmstate: str | None,
+    speed: int | None,
     job_id: str | None,
     as_json: bool,
 ) -> None:
@@ -119,7 +133,12 @@ def save(
         f"Saved '{tag}'",
         lambda client: select_for_save(client, names, vmstate),
         lambda client, chosen, listener: client.save(
-            tag, vmstate=chosen.home, devices=chosen.devices, job_id=job_id, progress=listener
+            tag,
+            vmstate=chosen.home,
+            devices=chosen.devices,
+            speed=speed or 0,
+            job_id=job_id,
+            progress=listener,
         ),
         as_json=as_json,
     )
@@ -131,6 +150,7 @@ EXAMPLES
   stillframe load box before-upgrade
   stillframe load box clean --devices root --vmstate root
   stillframe load box before-upgrade --eager
+  stillframe load box before-upgrade --speed 50M
 
 The guest runs as soon as its devices are restored, and its memory comes while it does; the command
 ends when all has come. What the machine does now is lost. A flash device's content is part of the machine state: it is
@@ -143,6 +163,7 @@ written back to its node, also where that node is not among the devices."""
 @click.option(
     "--eager", is_flag=True, help="The guest runs only when all of its memory is there, as with QEMU."
 )
+@_speed_option
 @_JOB_ID
 @_JSON
 def load(
@@ -151,6 +172,7 @@ def load(
     devices: str | None,
     vmstate: str | None,
     eager: bool,
+    speed: int | None,
     job_id: str | None,
     as_json: bool,
 ) -> None:
@@ -167,6 +189,7 @@ def load(
             vmstate=chosen.home,
             devices=chosen.devices,
             eager=eager,
+            speed=speed or 0,
             job_id=job_id,
             progress=listener,
         ),

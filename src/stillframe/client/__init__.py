@@ -18,7 +18,7 @@ from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPEr
 from qemu.qmp.protocol import Runstate
 
 from stillframe.client.job import Disconnected, JobFailed, JobLife, JobState
-from stillframe.errors import Cancelled, InvalidRequest, NotFound, PeerError
+from stillframe.errors import Cancelled, InvalidRequest, NotFound, PeerError, Unsupported
 from stillframe.monitor.addresses import (
     Address,
     UnixAddress,
@@ -335,21 +335,35 @@ class Client:
         members = schema.get(schema.get(command, {}).get("arg-type"), {}).get("members", ())
         return any(each["name"] == argument for each in members)
 
+    async def _limit(self, command: str, speed: int) -> dict[str, int]:
+        """The argument that asks for a limit, where one is wanted."""
+        if not speed:
+            return {}
+        if not await self._takes(command, "speed"):
+            raise Unsupported(
+                f"The server at '{self.address}' has no limit of speed for {command}",
+                remedy="A QEMU reads and writes as fast as it can: leave the speed out.",
+            )
+        return {"speed": speed}
+
     async def save(
         self,
         tag: str,
         *,
         vmstate: str,
         devices: Sequence[str],
+        speed: int = 0,
         job_id: str | None = None,
         progress: ProgressListener | None = None,
     ) -> JobState:
         """Take a snapshot: machine state into the node `vmstate`, and all nodes of `devices`;
         `snapshot-save`.
 
+        :param speed: at most so many bytes of machine state a second; 0 for no limit. :raise Unsupported: the server knows none.
         :raise JobFailed: nothing was saved, and the guest goes on.
         """
-        arguments = {"tag": tag, "vmstate": vmstate, "devices": list(devices)}
+        arguments: dict[str, Any] = {"tag": tag, "vmstate": vmstate, "devices": list(devices)}
+        arguments |= await self._limit("snapshot-save", speed)
         return await self.run_job("snapshot-save", arguments, job_id=job_id, progress=progress)
 
     async def load(
@@ -359,6 +373,7 @@ class Client:
         vmstate: str,
         devices: Sequence[str],
         eager: bool = False,
+        speed: int = 0,
         job_id: str | None = None,
         progress: ProgressListener | None = None,
     ) -> JobState:
@@ -366,12 +381,14 @@ class Client:
 
         :param eager: the guest runs only when all of its memory is there. A server that does not know this, as QEMU,
             never does otherwise.
+        :param speed: as in `save`; what the guest asks for comes at once.
         :raise JobFailed: with stillframe's server everything is as before; with QEMU's the guest may stand
             still.
         """
         arguments: dict[str, Any] = {"tag": tag, "vmstate": vmstate, "devices": list(devices)}
         if eager and await self._takes("snapshot-load", "eager"):
             arguments["eager"] = True
+        arguments |= await self._limit("snapshot-load", speed)
         return await self.run_job("snapshot-load", arguments, job_id=job_id, progress=progress)
 
     async def delete(

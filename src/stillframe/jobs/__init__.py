@@ -32,6 +32,7 @@ from stillframe.errors import (
     StillframeError,
 )
 from stillframe.events import EventBus
+from stillframe.jobs.context import PARKED, JobContext
 from stillframe.jobs.record import Job, JobHooks, JobQueue
 from stillframe.jobs.states import TRANSITIONS, VERBS, JobInfo, JobStatus, JobVerb
 
@@ -54,116 +55,7 @@ _S = JobStatus
 
 
 _WELL_FORMED_ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
-_PARKED: Final = {_S.RUNNING: _S.PAUSED, _S.READY: _S.STANDBY}
-_UNPARKED: Final = {_S.PAUSED: _S.RUNNING, _S.STANDBY: _S.READY}
-
-
-class JobContext:
-    """What a job's body sees of its job; for the body's thread alone."""
-
-    def __init__(self, jobs: "Jobs", job: Job) -> None:
-        self._jobs = jobs
-        self._job = job
-
-    @property
-    def id(self) -> str | None:
-        """None for an internal job."""
-        return self._job.id
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether somebody asked to cancel; `checkpoint` is the way to obey."""
-        return self._job.cancel_requested
-
-    @property
-    def speed(self) -> int:
-        """The limit that was asked for in bytes a second; 0 for none."""
-        return self._job.speed
-
-    def progress(self, done: int, total: int) -> None:
-        """Tell how far the work is, in any unit; `total` may change."""
-        with self._jobs._changed:
-            self._job.current, self._job.total = done, total
-
-    def checkpoint(self) -> None:
-        """Stand still here while the job is paused.
-
-        The wait ends with `job-resume`, with `job-cancel`, and with the end of the process's jobs.
-
-        :raise Cancelled: somebody asked to cancel.
-        """
-        if self._job.pause_requested or self._job.cancel_requested:
-            with self._jobs._changed:
-                self._park()
-                self._obey()
-
-    def wait(self, seconds: float) -> None:
-        """A checkpoint, then a rest of `seconds` that a pause or a cancel ends early."""
-        with self._jobs._changed:
-            self._park()
-            self._obey()
-            self._jobs._changed.wait_for(
-                lambda: self._job.pause_requested or self._job.cancel_requested, timeout=seconds
-            )
-            self._park()
-            self._obey()
-
-    def point_of_no_return(self) -> None:
-        """The last checkpoint: after it `job-cancel` is refused, as what follows cannot be taken back.
-
-        :raise Cancelled: somebody asked to cancel before.
-        """
-        with self._jobs._changed:
-            self._park()
-            self._obey()
-            self._job.cancellable = False
-
-    def ready(self) -> None:
-        """The work could be completed at any time from here on: the job's state becomes `ready`."""
-        with self._jobs._changed:
-            self._park()
-            self._obey()
-            if self._job.status is not _S.READY:
-                self._jobs._move(self._job, _S.READY)
-
-    def wait_for_completion(self) -> None:
-        """In `ready`: rest until `job-complete`; paused and cancelled as at a checkpoint.
-
-        :raise Cancelled: somebody asked to cancel.
-        """
-        job = self._job
-        with self._jobs._changed:
-            while True:
-                self._park()
-                self._obey()
-                if job.completion_requested:
-                    return
-                job.idle = True
-                try:
-                    self._jobs._changed.wait_for(
-                        lambda: job.pause_requested or job.cancel_requested or job.completion_requested
-                    )
-                finally:
-                    job.idle = False
-
-    @property
-    def completion_requested(self) -> bool:
-        """Whether `job-complete` was accepted."""
-        return self._job.completion_requested
-
-    def _park(self) -> None:
-        """Locked: wait out a pause. Whoever asks for the pause of an idle body, and whoever ends one, changes
-        the state.
-        """
-        job = self._job
-        while job.pause_requested and not job.cancel_requested:
-            if job.status in _PARKED:
-                self._jobs._move(job, _PARKED[job.status])
-            self._jobs._changed.wait_for(lambda: not job.pause_requested or job.cancel_requested)
-
-    def _obey(self) -> None:
-        if self._job.cancel_requested and self._job.cancellable:
-            raise Cancelled
+_UNPARKED: Final = {after: before for before, after in PARKED.items()}
 
 
 Body = Callable[[JobContext], None]
@@ -193,6 +85,7 @@ class Jobs:
         hooks: JobHooks | None = None,
         auto_finalize: bool = True,
         auto_dismiss: bool = False,
+        speed: int = 0,
     ) -> None:
         """Make a job; it starts at once, or when its queue's turn comes to it.
 
@@ -201,7 +94,8 @@ class Jobs:
         :param type: as "snapshot-save".
         :param auto_finalize: without it the job stays `pending` until `job-finalize`.
         :param auto_dismiss: the job vanishes when it has concluded; without it, on `job-dismiss`.
-        :raise InvalidRequest: the id is not well-formed. :raise AlreadyExists: it is in use, also by a
+        :param speed: the limit in bytes a second; 0 for none.
+        :raise InvalidRequest: the id is not well-formed, the speed negative. :raise AlreadyExists: it is in use, also by a
             concluded job.
         :raise Refused: jobs are being ended.
         """
@@ -209,6 +103,7 @@ class Jobs:
         job = Job(
             id, type, body, queue, hooks or JobHooks(), auto_finalize=auto_finalize, auto_dismiss=auto_dismiss
         )
+        job.speed = _checked_speed(speed)
         with self._changed:
             self.check_new_id(id)
             self._begin(job)
@@ -262,7 +157,7 @@ class Jobs:
 
     def _work(self, job: Job) -> None:
         cause: BaseException | None = None
-        context = JobContext(self, job)
+        context = JobContext(job, self._changed, self._move)
         try:
             context.checkpoint()
             job.body(context)
@@ -385,7 +280,7 @@ class Jobs:
                 raise Refused("The machine is being shut down")
             job.pause_requested = True
             if job.idle:
-                self._move(job, _PARKED[job.status])
+                self._move(job, PARKED[job.status])
             self._changed.notify_all()
 
     def resume(self, id: str) -> None:
@@ -451,9 +346,10 @@ class Jobs:
         """Limit the job to `speed` bytes a second; 0 lifts the limit. A body that knows no limit ignores it."""
         with self._changed:
             job = self._accept(id, JobVerb.SET_SPEED)
-            if speed < 0:
-                raise InvalidRequest("Speed must be positive")
-            job.speed = speed
+            if self._closing:
+                raise Refused("The machine is being shut down")
+            job.speed = _checked_speed(speed)
+            self._changed.notify_all()
 
     def wait_concluded(self, id: str, timeout: float | None = None) -> JobInfo | None:
         """Sleep until the job has concluded (or, dismissed, is gone); None when `timeout` seconds passed
@@ -472,7 +368,8 @@ class Jobs:
     def cancel_all_and_wait(self, timeout: float | None = None) -> bool:
         """Refuse new jobs, cancel all there are and wait for their end, then dismiss them, newest first.
 
-        A body is waited for until its next checkpoint, one past its point of no return until it is done.
+        A body is waited for until its next checkpoint, one past its point of no return until it is done. Pauses and limits of
+        speed end.
 
         :param timeout: seconds; None waits for as long as it takes.
         :return: False if `timeout` passed; the jobs that had ended are dismissed.
@@ -481,6 +378,7 @@ class Jobs:
             self._closing = True
             revocable, final = [], []
             for job in reversed(self._jobs.copy()):
+                job.speed = 0
                 self._end_pause(job)
                 if self._ask_to_cancel(job):
                     revocable.append(job)
@@ -517,3 +415,9 @@ class Jobs:
         return Refused(
             f"Job '{job.id}' in state '{job.status.value}' cannot accept command verb '{verb.value}'"
         )
+
+
+def _checked_speed(speed: int) -> int:
+    if speed < 0:
+        raise InvalidRequest("Parameter 'speed' expects a non-negative value")
+    return speed

@@ -19,6 +19,11 @@ class Context(Protocol):
         """Stand still here during a pause. :raise Cancelled: somebody asked to cancel."""
         ...
 
+    def moved(self, count: int) -> None:
+        """So many bytes were read or written while the guest runs: a checkpoint, and a rest where a limit of speed asks for
+        one. :raise Cancelled: somebody asked to cancel."""
+        ...
+
     def point_of_no_return(self) -> None:
         """The last checkpoint: what follows is done to its end. :raise Cancelled: somebody asked before."""
         ...
@@ -32,6 +37,10 @@ class Unwatched:
 
     def checkpoint(self) -> None:
         """Nobody pauses or cancels."""
+
+    def moved(self, count: int) -> None:
+        """Nobody asks for less."""
+        self.checkpoint()
 
     def point_of_no_return(self) -> None:
         """Nobody cancels."""

@@ -4,7 +4,7 @@ Before the pause the server of the missing pages is started, and what no RAM hol
 are set aside, which is the undo point, and its RAM is missing. After the resume the load's job lasts until all of it has come:
 
     progress      bytes of RAM that have come
-    job-pause     holds the fill; the guest's faults are served
+    job-pause     holds the fill, as a limit of speed does; the guest's faults are served
     job-cancel    is refused: the disks are the snapshot's already
     an error      the guest is stopped with io-error, and goes on only after a load or a reset
     quit          does not wait for what has not come: nobody is there to use it
@@ -104,7 +104,7 @@ class LazyMemory:
             nonlocal done
             done += count
             progress(done)
-            context.checkpoint()
+            context.moved(count)
             if self._machine.shutdown is not None:
                 raise Cancelled
 

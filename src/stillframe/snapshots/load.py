@@ -129,7 +129,7 @@ def _checked_state(
             return lazy, _checked(machine, survey_devices(source, machine.board.name, known, lazy.index))
         refuse_without_room(min(found.snapshot.state_size, sum(block.size for block in machine.memory)))
         staged = StagedMemory(machine.memory)
-        source, known = _source(machine, found, context, total)
+        source, known = _source(machine, found, context, total, moved=context.moved)
         return staged, _checked(machine, survey(source, machine.board.name, known, staged))
 
 
@@ -181,8 +181,12 @@ def _source(
     transfer: int = CHUNK,
     *,
     most: int | None = None,
+    moved: Callable[[int], None] = lambda count: None,
 ) -> tuple[StateSource, Mapping[SectionKey, Description]]:
-    """The stream, and the sections that this machine can take. :param most: the progress that reading it can be."""
+    """The stream, and the sections that this machine can take.
+
+    :param most: the progress that reading it can be. :param moved: called with the bytes of each transfer, after it.
+    """
     store, snapshot = found.node.store, found.snapshot
     known: dict[SectionKey, Description] = {_key(device): device.description for device in machine.devices}
     known[GLOBAL_STATE_KEY] = GLOBAL_STATE
@@ -191,8 +195,13 @@ def _source(
         context.progress(offset if most is None else min(offset, most), total)
         context.checkpoint()
 
+    def read(offset: int, length: int) -> bytes:
+        data = store.read_state(snapshot, offset, length)
+        moved(len(data))
+        return data
+
     source = StateSource(
-        lambda offset, length: store.read_state(snapshot, offset, length),
+        read,
         snapshot.state_size,
         transfer=transfer,
         on_read=on_read,

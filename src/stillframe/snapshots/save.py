@@ -149,6 +149,10 @@ class _StateWriting:
         self._context.progress(self._done, self._total)
         self._context.checkpoint()
 
+    def _write_at(self, offset: int, data: memoryview) -> None:
+        self._pending.write_state(offset, data)
+        self._context.moved(len(data))
+
     def write(self, instant: Instant) -> tuple[PageIndex, PageIndexPlace]:
         """The stream and its page index. :return: the index, and where it lies."""
         self._context.checkpoint()
@@ -158,13 +162,13 @@ class _StateWriting:
             if base is not None and self._shares(base):
                 unchanged = self._total - 1 - sum(map(len, changed)) * PAGE_SIZE
                 self._wrote(unchanged)
-                with state_sink(self._pending.write_state, base.index.parts_end) as sink:
+                with state_sink(self._write_at, base.index.parts_end) as sink:
                     index = write_continuation(
                         sink, self._board, base.index, self._content, changed, instant.sections, self._wrote
                     )
             else:
                 base = None
-                with state_sink(self._pending.write_state) as sink:
+                with state_sink(self._write_at) as sink:
                     index = write_stream(sink, self._board, self._content, instant.sections, self._wrote)
             packed = pack_page_index(index)
             offset = self._pending.write_page_index(packed)

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from stillframe.errors import DeviceNotActive, NotFound
 from stillframe.jobs import JobStatus
 from stillframe.monitor.host import Host
 from stillframe.monitor.schema import Structure, command, event
@@ -41,6 +42,17 @@ class JobInfo(Structure):
     current_progress: int
     total_progress: int
     error: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class JobSpeed(Structure):
+    """How fast a job may be.
+
+    :param device: the job's id; QEMU calls it so.
+    :param speed: bytes a second; 0 for no limit.
+    """
+
+    device: str
+    speed: int
 
 
 @event("JOB_STATUS_CHANGE")
@@ -101,3 +113,16 @@ def job_finalize(host: Host, arguments: JobId) -> None:
 def job_dismiss(host: Host, arguments: JobId) -> None:
     """Forget a concluded job; its id can be used again."""
     host.jobs.dismiss(arguments.id)
+
+
+@command("block-job-set-speed")
+def block_job_set_speed(host: Host, arguments: JobSpeed) -> None:
+    """Limit how much machine state a job reads or writes in a second; 0 lifts the limit.
+
+    QEMU has no other word for it than this one of its block jobs. Only the background work is held; the guest is not, and what it
+    asks for comes at once.
+    """
+    try:
+        host.jobs.set_speed(arguments.device, arguments.speed)
+    except NotFound as error:
+        raise DeviceNotActive(f"Block job '{arguments.device}' not found") from error

@@ -19,12 +19,14 @@ class SaveArguments(Structure):
     :param tag: the snapshot's name, at most 255 bytes.
     :param vmstate: the node-name of the device that gets the machine state; one of `devices`.
     :param devices: the node-names of all devices to snapshot.
+    :param speed: at most so many bytes of machine state a second; 0, the default, for no limit. Not QEMU's.
     """
 
     job_id: str
     tag: str
     vmstate: str
     devices: list[str]
+    speed: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class LoadArguments(Structure):
@@ -35,6 +37,7 @@ class LoadArguments(Structure):
     :param vmstate: the node-name of the device that holds the machine state; one of `devices`.
     :param devices: the node-names of all devices to bring back to the snapshot.
     :param eager: the guest runs only when all of its memory is there. Not QEMU's, whose loads always do.
+    :param speed: as for a save. What the guest asks for comes at once.
     """
 
     job_id: str
@@ -42,6 +45,7 @@ class LoadArguments(Structure):
     vmstate: str
     devices: list[str]
     eager: bool | msgspec.UnsetType = msgspec.UNSET
+    speed: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class DeleteArguments(Structure):
@@ -57,17 +61,24 @@ class DeleteArguments(Structure):
     devices: list[str]
 
 
+def _speed(given: int | msgspec.UnsetType) -> int:
+    return 0 if isinstance(given, msgspec.UnsetType) else given
+
+
 @command("snapshot-save")
 def snapshot_save(host: Host, arguments: SaveArguments) -> None:
     """Save the machine: memory and devices into one node, the disks each into its own, all of them or none.
 
-    For a consistent snapshot list every node that the guest writes to. The guest may stand still meanwhile.
+    For a consistent snapshot list every node that the guest writes to. It stands still for the instant alone, and runs while the
+    state is written.
     """
 
     def body(context: JobContext) -> None:
         host.snapshots.save(context, arguments.tag, arguments.vmstate, arguments.devices)
 
-    host.jobs.create(arguments.job_id, "snapshot-save", body, queue=host.snapshots.queue)
+    host.jobs.create(
+        arguments.job_id, "snapshot-save", body, queue=host.snapshots.queue, speed=_speed(arguments.speed)
+    )
 
 
 @command("snapshot-load")
@@ -82,7 +93,9 @@ def snapshot_load(host: Host, arguments: LoadArguments) -> None:
             context, arguments.tag, arguments.vmstate, arguments.devices, eager=arguments.eager is True
         )
 
-    host.jobs.create(arguments.job_id, "snapshot-load", body, queue=host.snapshots.queue)
+    host.jobs.create(
+        arguments.job_id, "snapshot-load", body, queue=host.snapshots.queue, speed=_speed(arguments.speed)
+    )
 
 
 @command("snapshot-delete")
