@@ -214,6 +214,38 @@ def test_a_signal_during_a_save_leaves_nothing_or_all_of_it_and_no_job(
             stillframe("delete", box, "cut", check=True)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_save_is_cancelled_and_says_so(box: str, number: signal.Signals) -> None:
+    saving = subprocess.Popen(
+        [*STILLFRAME, "save", box, "cut", "--speed", "1", "--job-id", "j"], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + PATIENCE
+    while not json.loads(stillframe("jobs", box, "--json", check=True).stdout):
+        assert time.monotonic() < deadline
+    saving.send_signal(number)
+    _, told = saving.communicate(timeout=60)
+    assert saving.returncode == 130
+    assert "stillframe: job 'j' ended: Operation canceled; nothing of it is left\n" in told
+    assert told.endswith("stillframe: interrupted\n")
+    assert json.loads(stillframe("jobs", box, "--json", check=True).stdout) == []
+    assert json.loads(stillframe("list", box, "--json", check=True).stdout) == []
+
+
+def test_a_machine_that_is_quit_during_a_save_says_what_is_left_of_it(box: str, image: Path) -> None:
+    saving = subprocess.Popen(
+        [*STILLFRAME, "save", box, "cut", "--speed", "1", "--job-id", "j"], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + PATIENCE
+    while not json.loads(stillframe("jobs", box, "--json", check=True).stdout):
+        assert time.monotonic() < deadline
+    stillframe("quit", box, check=True)
+    _, told = saving.communicate(timeout=60)
+    assert saving.returncode == 1
+    assert "The machine ended during 'snapshot-save' (job 'j')" in told
+    assert "nothing of it is left" in told
+    assert "cut" not in stillframe("image", "snapshot", "list", str(image), check=True).stdout
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_machine_cleanly(number: signal.Signals, image: Path, runtime: Path) -> None:
     machine = subprocess.Popen(

@@ -1,5 +1,6 @@
 """`stillframe save`, `load`, `delete`, `list`: the snapshots of a machine that runs."""
 
+import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
@@ -90,7 +91,12 @@ def _see_through(
         _tell_selection(selection, quiet=as_json)
         started = time.monotonic()
         with progress_bar(doing, shown=not as_json) as listener:
-            job = await run(client, selection, listener)
+            try:
+                job = await run(client, selection, listener)
+            except asyncio.CancelledError as interruption:
+                for note in getattr(interruption, "__notes__", ()):
+                    click.echo(printable(f"stillframe: {note}"), err=True)
+                raise
         _tell_end(done, selection, job, time.monotonic() - started, as_json=as_json)
 
     converse(target, talk)

@@ -239,7 +239,8 @@ class Client:
     ) -> JobState:
         """Start a job, see it through to its end, and dismiss it.
 
-        If the task is cancelled the job is cancelled too, and its end awaited: nothing of it is left behind.
+        If the task is cancelled the job is cancelled too, and its end awaited, which a note of the exception tells: nothing of
+        it is left behind.
         Where the job was done before that could be, it is done: the cancellation is taken back and this
         returns. So it does where the machine ended just after the job was done.
 
@@ -255,11 +256,14 @@ class Client:
             try:
                 await self.execute(command, {"job-id": job_id, **arguments})
                 job = await self._see_through(life, progress)
-            except asyncio.CancelledError:
-                done = await asyncio.shield(self._cancel(life))
-                if done is None:
+            except asyncio.CancelledError as interruption:
+                concluded = await asyncio.shield(self._cancel(life))
+                if concluded is None or concluded.error is not None:
+                    if concluded is not None:
+                        undone = "; nothing of it is left" if concluded.error == str(Cancelled()) else ""
+                        interruption.add_note(f"job '{job_id}' ended: {concluded.error}{undone}")
                     raise
-                job = done
+                job = concluded
                 if (task := asyncio.current_task()) is not None:
                     task.uncancel()
             life.hear()
@@ -280,6 +284,7 @@ class Client:
                 if progress is not None:
                     progress(job.done, total)
                 if job.status == "concluded":
+                    life.concluded = job
                     await self._dismiss(life)
                     return job
                 # Not wait_for: before Python 3.12 it can swallow a cancellation.
@@ -310,16 +315,15 @@ class Client:
                 raise
 
     async def _cancel(self, life: JobLife) -> JobState | None:
-        """The job, if it was done in spite of the cancel; else it is gone, was never started, or its server
-        is gone.
-        """
+        """The job as it concluded, done in spite of the cancel or not; None if it was never started, or its server is gone."""
         with suppress(PeerError):
             # Refused if it has just concluded, or is past the point from which it can be undone: its end is awaited.
             await self.execute("job-cancel", {"id": life.id})
         with suppress(PeerError):
-            job = await self._see_through(life, None)
-            return job if job.error is None else None
-        return None
+            if life.concluded is None:
+                return await self._see_through(life, None)
+            await self._dismiss(life)
+        return life.concluded
 
     def _ended(self, life: JobLife) -> Disconnected:
         """The server is gone, or is about to go."""

@@ -54,6 +54,7 @@ class JobLife:
     """What has been heard of one job, and of its machine's end.
 
     :param command: that makes the job; its type is called the same. :param listener: to `EVENTS`, from before the job is made.
+    :ivar concluded: the job as it concluded, once that was seen.
     """
 
     EVENTS: Final = ("JOB_STATUS_CHANGE", "SHUTDOWN")
@@ -62,6 +63,7 @@ class JobLife:
         self.id = id
         self.command = command
         self.machine_ended = False
+        self.concluded: JobState | None = None
         self._statuses: set[str] = set()
         self._listener = listener
 
