@@ -141,7 +141,7 @@ def test_every_room_can_be_read_in_one_sitting(path: Path) -> None:
 
 
 GPL_COMPATIBLE = re.compile(
-    r"MIT|BSD|PSF|Python Software Foundation|LGPL|GPL-?2|GPLv2|GNU General Public License v2|0BSD|Zlib|public domain|unlicense",
+    r"MIT|BSD|PSF|Python Software Foundation|LGPL|GPL-?2|GPLv2|GNU General Public License v2|0BSD|Zlib|public domain|CC0|unlicense",
     re.IGNORECASE,
 )
 

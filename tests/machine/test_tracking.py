@@ -1,5 +1,7 @@
 """Whoever writes to memory, and however: what changed since the ground is found, by the kernel's memory and by hashes alike."""
 
+import errno
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -7,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stillframe.machine import tracking as tracking_module
 from stillframe.machine.frozen import freeze
 from stillframe.machine.memory import PAGE_SIZE, GuestMemory, MemoryBlock
-from stillframe.machine.tracking import Changes, HashTracking, KernelTracking, Tracking, track
+from stillframe.machine.tracking import Changes, HashName, HashTracking, KernelTracking, Tracking, track
 
 PAGES = 2048
 
@@ -25,7 +28,7 @@ def memory() -> GuestMemory:
     )
 
 
-@pytest.fixture(params=["kernel", "xxh3", "blake2"])
+@pytest.fixture(params=["kernel", "xxh3", "blake3"])
 def tracking(request: pytest.FixtureRequest, memory: GuestMemory) -> Iterator[Tracking]:
     found = KernelTracking(memory) if request.param == "kernel" else HashTracking(request.param)
     found.stand(found_by(found, memory)[0])
@@ -103,16 +106,26 @@ def test_hashes_without_a_ground_find_every_page_changed(memory: GuestMemory) ->
 def test_a_guest_cannot_know_the_hash_of_its_pages(memory: GuestMemory) -> None:
     copy = freeze(memory)
     block = memory.blocks[1]
-    for algorithm in ("xxh3", "blake2"):
+    for algorithm in ("xxh3", "blake3"):
         one, other = HashTracking(algorithm), HashTracking(algorithm)  # type: ignore[arg-type]
         assert (one.digests(block, copy) != other.digests(block, copy)).all()
     copy.close()
 
 
-def test_hashes_are_used_where_they_are_asked_for(memory: GuestMemory) -> None:
-    asked = track(memory, "blake2")
-    assert asked.how == "hashes"
-    asked.close()
+@pytest.mark.parametrize("algorithm", ["xxh3", "blake3"])
+def test_where_the_kernel_does_not_tell_hashes_do(
+    memory: GuestMemory, monkeypatch: pytest.MonkeyPatch, algorithm: HashName
+) -> None:
+    def refused(memory: GuestMemory) -> KernelTracking:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(tracking_module, "KernelTracking", refused)
+    found = track(memory, algorithm)
+    assert found.how == "hashes"
+    found.stand(found_by(found, memory)[0])
+    put(memory, 3)
+    assert found_by(found, memory)[1] == {"ram": [3], "flash": []}
+    found.close()
 
 
 @settings(max_examples=20, deadline=None)

@@ -11,6 +11,7 @@ from snapshots.hosts import Register, new_image, new_machine, opened, qemu_img_c
 from stillframe.block.qcow2.node import Qcow2Node
 from stillframe.errors import Cancelled
 from stillframe.machine.machine import Machine
+from stillframe.machine.tracking import HashTracking, track
 from stillframe.snapshots import selection
 from stillframe.snapshots.context import Context, Unwatched
 from stillframe.snapshots.delete import delete
@@ -52,7 +53,9 @@ def memory_of(machine: Machine) -> list[bytes]:
 @pytest.fixture(params=FOUND_BY)
 def ground_of(request: pytest.FixtureRequest) -> Callable[[Machine], Ground]:
     """What a machine stands on, its changes found in either way."""
-    return lambda machine: Ground(machine, "xxh3" if request.param == "hashes" else None)
+    return lambda machine: Ground(
+        machine, (lambda memory: HashTracking()) if request.param == "hashes" else track
+    )
 
 
 @pytest.fixture(params=[4096, 65536])

@@ -15,6 +15,7 @@ from stillframe.block.node import Node, SnapshotInfo
 from stillframe.block.qcow2.node import Qcow2Node
 from stillframe.events import Event
 from stillframe.machine.machine import Machine
+from stillframe.machine.tracking import HashTracking, track
 from stillframe.snapshots import selection
 from stillframe.snapshots.context import Unwatched
 from stillframe.snapshots.ground import Ground, read_page_index
@@ -172,7 +173,7 @@ def test_a_live_stream_is_the_stop_and_copy_of_its_instant(
 ) -> None:
     """Whole, and continued: by every record in turn, by the page index, by a reader that knows QEMU's format alone, and by a
     load. Most saves of the narrow guest continue the one before, those of the wide one now and then begin anew."""
-    ground = Ground(machine, "xxh3" if found_by == "hashes" else None)
+    ground = Ground(machine, (lambda memory: HashTracking()) if found_by == "hashes" else track)
     path = new_image(tmp_path / "state.qcow2")
     instants: dict[str, dict[str, bytes]] = {}
     disks: dict[str, bytes] = {}

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from stillframe.machine.build import MachineConfig
     from stillframe.machine.console import Console
     from stillframe.machine.machine import Machine
+    from stillframe.machine.tracking import HashName
     from stillframe.monitor.server import MonitorServer
 
 _BUNDLED = Path("bundled")
@@ -57,6 +58,7 @@ class RunOptions:
     allow_local_users: bool
     console: ConsoleOptions
     icount: int | None
+    algorithm: "HashName"
     paused: bool
     keep_after_shutdown: bool
 
@@ -68,6 +70,7 @@ EXAMPLES
       --blockdev driver=qcow2,node-name=root,file.driver=file,file.filename=root.qcow2 \\
       --device virtio-blk,drive=root
   stillframe run --name box --detach --console log:box.log --kernel Image
+  stillframe run --name box --kernel Image --hash blake3
   stillframe run --machine none --qmp stdio --blockdev '{"driver": "null-co", "node-name": "n"}'
 
 \b
@@ -120,6 +123,14 @@ consistent. A second one ends it at once."""
     metavar="SHIFT",
     help="Time from the instructions counted: 2^SHIFT ns each.",
 )
+@click.option(
+    "--hash",
+    "algorithm",
+    type=click.Choice(["xxh3", "blake3"]),
+    default="xxh3",
+    show_default=True,
+    help="What finds changed pages where the kernel does not tell; blake3 for a guest that you have to fear.",
+)
 @click.option("--paused", is_flag=True, help="Wait for `cont` before the first instruction.")
 @click.option("--no-shutdown", is_flag=True, help="Stay when the guest powers itself off.")
 @click.option("--detach", is_flag=True, help="Go on in the background once the machine runs.")
@@ -139,6 +150,7 @@ def run(
     allow_local_users: bool,
     console: str | None,
     icount: int | None,
+    algorithm: "HashName",
     paused: bool,
     no_shutdown: bool,
     detach: bool,
@@ -163,6 +175,7 @@ def run(
         allow_local_users=allow_local_users,
         console=console_options,
         icount=icount,
+        algorithm=algorithm,
         paused=paused,
         keep_after_shutdown=no_shutdown,
     )
@@ -248,7 +261,7 @@ async def _serve(options: RunOptions) -> int:
         console = stack.enter_context(_console(options.console, end))
         machine = build_machine(_machine_config(options, graph, console), events)
         stack.callback(machine.close)
-        host = Host(machine, graph, Jobs(events), events)
+        host = Host(machine, graph, Jobs(events), events, options.algorithm)
         server = MonitorServer(host)
         try:
             for address in options.addresses:

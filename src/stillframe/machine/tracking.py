@@ -37,13 +37,11 @@ _log = logging.getLogger(__name__)
 PageNumbers = npt.NDArray[np.int64]
 """Ascending numbers of pages in their block."""
 
-HashName = Literal["xxh3", "blake2"]
+HashName = Literal["xxh3", "blake3"]
 
-_Hash = Callable[[memoryview], bytes]
-
-_KEY_BYTES = 32
 _DIGEST_BYTES = 16
-_HASHED_AT_ONCE = 256
+_HASHED_AT_ONCE = 1 << 20
+"""Bytes between two readings, each of which lets other threads have the interpreter."""
 
 
 class Changes(ABC):
@@ -169,7 +167,10 @@ class _Hashed(Changes):
 class HashTracking(Tracking):
     """Hashes of all pages; 16 bytes a page. There is no ground before the first save: all pages have changed.
 
-    :param algorithm: "xxh3", fast, keyed by a random secret; "blake2" for a guest that one has to fear.
+    A call for each page, since a hash of many at once says which changed only where few did, and reading them costs as much. The
+    interpreter is held for one piece at a time.
+
+    :param algorithm: "xxh3", fast, keyed by a random secret; "blake3" for a guest that one has to fear.
     """
 
     how = "hashes"
@@ -177,33 +178,17 @@ class HashTracking(Tracking):
 
     def __init__(self, algorithm: HashName = "xxh3") -> None:
         self.ground: Mapping[str, npt.NDArray[np.void]] = {}
-        self._key = os.urandom(_KEY_BYTES)
-        self._algorithm = algorithm
+        self._hash = _keyed_hash(algorithm)
 
     def digests(self, block: MemoryBlock, memory: FrozenMemory) -> npt.NDArray[np.void]:
         """One of 16 bytes for each page of a block."""
-        one = self._hash()
-        found = bytearray(block.size // PAGE_SIZE * _DIGEST_BYTES)
-        buffer = memoryview(bytearray(min(_HASHED_AT_ONCE * PAGE_SIZE, block.size)))
-        at = 0
+        one, found = self._hash, bytearray()
+        buffer = memoryview(bytearray(min(_HASHED_AT_ONCE, block.size)))
         for start in range(0, block.size, max(1, len(buffer))):
             part = buffer[: block.size - start]
             memory.readinto(block, start, part)
-            for page in range(0, len(part), PAGE_SIZE):
-                found[at : at + _DIGEST_BYTES] = one(part[page : page + PAGE_SIZE])
-                at += _DIGEST_BYTES
+            found += b"".join([one(part[page : page + PAGE_SIZE]) for page in range(0, len(part), PAGE_SIZE)])
         return np.frombuffer(bytes(found), np.dtype((np.void, _DIGEST_BYTES)))
-
-    def _hash(self) -> "_Hash":
-        if self._algorithm == "blake2":
-            import hashlib
-
-            key = self._key
-            return lambda page: hashlib.blake2b(page, digest_size=_DIGEST_BYTES, key=key).digest()
-        import xxhash
-
-        seed = int.from_bytes(self._key[:8], "big")
-        return lambda page: xxhash.xxh3_128_digest(page, seed)
 
     def take(self) -> Changes:
         return _Hashed(self)
@@ -222,15 +207,26 @@ class HashTracking(Tracking):
         self.ground = {}
 
 
-def track(memory: GuestMemory, algorithm: HashName | None = None) -> Tracking:
+def _keyed_hash(algorithm: HashName) -> Callable[[memoryview], bytes]:
+    """A hash of 16 bytes that nobody can know beforehand."""
+    if algorithm == "blake3":
+        from blake3 import blake3
+
+        key = os.urandom(blake3.key_size)
+        return lambda data: blake3(data, key=key).digest(_DIGEST_BYTES)
+    from xxhash import xxh3_128_digest
+
+    seed = int.from_bytes(os.urandom(8), "big")
+    return lambda data: xxh3_128_digest(data, seed)
+
+
+def track(memory: GuestMemory, algorithm: HashName = "xxh3") -> Tracking:
     """The way to find changes that this host has; the ground is this instant, at a boundary.
 
-    :param algorithm: hashes, whatever the kernel can do; None for the kernel's memory where it has one.
+    :param algorithm: of the hashes that are used where the kernel does not remember.
     """
-    if algorithm is not None:
-        return HashTracking(algorithm)
     try:
         return KernelTracking(memory)
     except OSError as error:
         _log.info("Changed pages are found by hashing all of them at each save: %s", error.strerror)
-        return HashTracking()
+        return HashTracking(algorithm)

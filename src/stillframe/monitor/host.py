@@ -7,6 +7,7 @@ from stillframe.block.graph import BlockGraph
 from stillframe.events import EventBus
 from stillframe.jobs import Jobs
 from stillframe.machine.machine import Machine
+from stillframe.machine.tracking import HashName
 from stillframe.snapshots.machine_snapshots import MachineSnapshots
 
 
@@ -14,6 +15,7 @@ from stillframe.snapshots.machine_snapshots import MachineSnapshots
 class Host:
     """One of a process.
 
+    :param algorithm: finds changed pages where the kernel does not tell.
     :ivar snapshots: the machine's; what changes them runs on its queue, as a job or inside
         `Jobs.run_internal`.
     """
@@ -22,11 +24,12 @@ class Host:
     graph: BlockGraph
     jobs: Jobs
     events: EventBus
+    algorithm: HashName = "xxh3"
     snapshots: MachineSnapshots = field(init=False)
     _over: threading.Event = field(default_factory=threading.Event, init=False)
 
     def __post_init__(self) -> None:
-        self.snapshots = MachineSnapshots(self.machine, self.graph)
+        self.snapshots = MachineSnapshots(self.machine, self.graph, self.algorithm)
 
     @property
     def name(self) -> str | None:

@@ -7,7 +7,7 @@ Whether it can is asked anew each time (`Ground.base`); where it cannot, a whole
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from uuid import UUID
@@ -15,7 +15,8 @@ from uuid import UUID
 from stillframe.block.node import PageIndexPlace, SnapshotInfo
 from stillframe.errors import Corrupt, StillframeError, io_failed
 from stillframe.machine.machine import Machine
-from stillframe.machine.tracking import Changes, HashName, TakenPages, Tracking, track
+from stillframe.machine.memory import GuestMemory
+from stillframe.machine.tracking import Changes, TakenPages, Tracking, track
 from stillframe.snapshots.rewind import Flags, NearbyMemory, PageCache
 from stillframe.snapshots.selection import SnapshotNode
 from stillframe.vmstate.page_index import PageIndex, unpack_page_index
@@ -42,14 +43,14 @@ class Base:
 class Ground:
     """Of one machine; its methods are called by one snapshot operation at a time.
 
-    :param algorithm: find changes by hashes of this kind, whatever the kernel can do.
+    :param track: makes what finds the changes in a memory, at a boundary. :raise OSError: from it, it cannot.
     :ivar snapshot: the UUID of the snapshot that the machine stands on; None before the first, and after a load of one that
         stillframe did not make.
     """
 
-    def __init__(self, machine: Machine, algorithm: HashName | None = None) -> None:
+    def __init__(self, machine: Machine, track: Callable[[GuestMemory], Tracking] = track) -> None:
         self._machine = machine
-        self._algorithm = algorithm
+        self._track = track
         self._tracking: Tracking | None = None
         self._index: PageIndex | None = None
         self._cache = PageCache()
@@ -64,7 +65,7 @@ class Ground:
         if self._tracking is None:
             # Until now nobody watched: this is the first instant that changes can be counted from.
             self.snapshot = None
-            self._tracking = track(self._machine.memory, self._algorithm)
+            self._tracking = self._track(self._machine.memory)
         try:
             return self._tracking.take()
         except BaseException as error:
@@ -93,7 +94,7 @@ class Ground:
     def set_down(self) -> None:
         """Held: the memory is what it was at `lift`, and is watched again."""
         if self._lifted is not None:
-            self._tracking = track(self._machine.memory, self._algorithm)
+            self._tracking = self._track(self._machine.memory)
             self._tracking.put_back(self._lifted)
             self._lifted = None
 
@@ -108,7 +109,7 @@ class Ground:
         self.snapshot = self._index = self._lifted = None
         try:
             if self._tracking is None:
-                self._tracking = track(self._machine.memory, self._algorithm)
+                self._tracking = self._track(self._machine.memory)
             self._tracking.stand_here()
         except OSError as error:
             # The load is done all the same; the next save is a whole one.

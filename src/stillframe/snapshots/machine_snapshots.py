@@ -10,12 +10,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
+from functools import partial
 
 from stillframe.block.graph import BlockGraph
 from stillframe.block.node import SnapshotInfo
 from stillframe.errors import NotFound
 from stillframe.jobs import JobQueue
 from stillframe.machine.machine import Machine
+from stillframe.machine.tracking import HashName, track
 from stillframe.snapshots import all_nodes, internal, recovery, selection
 from stillframe.snapshots.context import Context, told
 from stillframe.snapshots.delete import delete
@@ -30,15 +32,16 @@ _log = logging.getLogger(__name__)
 class MachineSnapshots:
     """Every method may block and is called from a data-plane thread.
 
+    :param algorithm: finds changed pages where the kernel does not tell.
     :ivar queue: the turns of the jobs that call these methods.
     :ivar ground: the snapshot that the machine was last saved to or loaded from.
     """
 
-    def __init__(self, machine: Machine, graph: BlockGraph) -> None:
+    def __init__(self, machine: Machine, graph: BlockGraph, algorithm: HashName = "xxh3") -> None:
         self._machine = machine
         self._graph = graph
         self.queue = JobQueue()
-        self.ground = Ground(machine)
+        self.ground = Ground(machine, partial(track, algorithm=algorithm))
         self._recovering = threading.Lock()
         self._told: set[str] = set()
 
