@@ -63,6 +63,13 @@ def test_save_list_load_delete_without_naming_nodes_says_what_was_left_out(box: 
     assert saved.returncode == 0, saved.stderr
     assert saved.stdout.startswith("Saved 'one' on root")
     assert "left out: 'vars': raw images keep no snapshots" in saved.stderr
+    assert "\n  state: whole (the machine stands on no snapshot" in saved.stdout
+    again = json.loads(stillframe("save", box, "two", "--json", check=True).stdout)
+    assert {each["what"] for each in again["job"]["choices"]} == {"memory", "changes", "state"}
+    assert {"what": "state", "chosen": "continued", "why": "the machine stands on 'one'"} in again["job"][
+        "choices"
+    ]
+    stillframe("delete", box, "two", check=True)
     listed = json.loads(stillframe("list", box, "--json", check=True).stdout)
     assert [(each["tag"], each["vmstate"]) for each in listed] == [("one", "root")]
     assert stillframe("load", box, "one").returncode == 0

@@ -121,7 +121,10 @@ def test_where_the_kernel_does_not_tell_hashes_do(
 
     monkeypatch.setattr(tracking_module, "KernelTracking", refused)
     found = track(memory, algorithm)
-    assert found.how == "hashes"
+    assert (found.how, found.why) == (
+        algorithm,
+        "the kernel does not tell what changes: Operation not permitted",
+    )
     found.stand(found_by(found, memory)[0])
     put(memory, 3)
     assert found_by(found, memory)[1] == {"ram": [3], "flash": []}

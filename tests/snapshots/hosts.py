@@ -140,6 +140,10 @@ class Steps:
         self.cancel_at = cancel_at
         self.checkpoints = 0
         self.reports: list[tuple[int, int]] = []
+        self.choices: list[tuple[str, str, str]] = []
+
+    def chose(self, what: str, chosen: str, why: str = "") -> None:
+        self.choices.append((what, chosen, why))
 
     def progress(self, done: int, total: int) -> None:
         self.reports.append((done, total))

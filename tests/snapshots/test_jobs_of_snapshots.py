@@ -1,16 +1,18 @@
 """Snapshot jobs over a real socket: paused, cancelled, queued and ended with the machine, and nothing is left
 of what was undone."""
 
+import errno
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from snapshots.hosts import qemu_img_check
 from snapshots.servers import SERVERS, Server, qemu_img, server
+from stillframe.machine import arriving, frozen, tracking
 from stillframe.machine.machine import Machine
 from stillframe.machine.memory import GuestMemory, MemoryBlock
 
@@ -304,3 +306,54 @@ def test_the_words_about_a_speed_are_qemus(tmp_path: Path) -> None:
         with server(kind, tmp_path) as found:
             asked = found.lines.execute("block-job-set-speed", device="nope", speed=-1)
             assert asked == {"class": "DeviceNotActive", "desc": "Block job 'nope' not found"}
+
+
+def choices(found: Server, command: str, tag: str, **arguments: Any) -> dict[str, tuple[str, str]]:
+    """What a job says of how it was done."""
+    found.send(command, job_id="j", tag=tag, **arguments, **NODE)
+    found.until("j", "concluded")
+    (job,) = found.ask("query-jobs")
+    assert "error" not in job
+    found.ask("job-dismiss", id="j")
+    return {each["what"]: (each["chosen"], each.get("why", "")) for each in job["choices"]}
+
+
+def test_a_job_says_how_it_was_done_and_why_not_better(tmp_path: Path, image: Path) -> None:
+    with server("stillframe", tmp_path, equip=with_memory) as found:
+        found.add(0, image)
+        first = choices(found, "snapshot-save", "a")
+        if first["changes"][0] != "kernel":
+            pytest.skip("this host has no userfaultfd that tracks writes")
+        assert first == {
+            "memory": ("forked", ""),
+            "changes": ("kernel", ""),
+            "state": ("whole", "the machine stands on no snapshot whose pages are known"),
+        }
+        assert choices(found, "snapshot-save", "b")["state"] == ("continued", "the machine stands on 'a'")
+        assert choices(found, "snapshot-load", "b") == {"memory": ("rewind", "")}
+        found.ask("quit")
+    with server("stillframe", tmp_path, equip=with_memory) as found:
+        found.add(0, image)
+        assert choices(found, "snapshot-load", "a") == {"memory": ("lazy", "")}
+        found.ask("quit")
+    with server("stillframe", tmp_path, equip=with_memory) as found:
+        found.add(0, image)
+        assert choices(found, "snapshot-load", "a", eager=True) == {"memory": ("eager", "as asked for")}
+
+
+def test_a_job_says_what_its_host_does_not_let_it_do(found: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> NoReturn:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    for module, name in ((frozen, "ForkedMemory"), (tracking, "KernelTracking"), (arriving, "Userfaultfd")):
+        monkeypatch.setattr(module, name, refused)
+    for tag, state in (("a", "whole"), ("b", "continued")):
+        told = choices(found, "snapshot-save", tag)
+        assert told["memory"] == (
+            "copied",
+            "no second process can hold the memory (Operation not permitted)",
+        )
+        assert told["changes"] == ("xxh3", "the kernel does not tell what changes: Operation not permitted")
+        assert told["state"][0] == state
+    chosen, why = choices(found, "snapshot-load", "a")["memory"]
+    assert (chosen, "Operation not permitted" in why) == ("eager", True)

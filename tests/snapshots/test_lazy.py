@@ -73,7 +73,7 @@ def bench(image: Path) -> Iterator[Bench]:
             found.stranger()
             chosen = found.node.named("s")
             assert chosen is not None
-            memory = lazy_memory(found.machine, selection.Found(found.node, chosen), found.ground)
+            memory, _ = lazy_memory(found.machine, selection.Found(found.node, chosen), found.ground)
             if memory is None:
                 pytest.skip("this host has no userfaultfd that tracks writes")
             memory.close()

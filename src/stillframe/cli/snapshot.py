@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import click
@@ -66,13 +67,21 @@ def _tell_end(what: str, selection: Selection, job: JobState, seconds: float, *,
     if as_json:
         outcome = {
             **describe(selection),
-            "job": {"id": job.id, "type": job.type, "bytes": job.total},
+            "job": {
+                "id": job.id,
+                "type": job.type,
+                "bytes": job.total,
+                "choices": [asdict(choice) for choice in job.choices],
+            },
             "seconds": round(seconds, 6),
         }
         click.echo(json.dumps(outcome, indent=4))
         return
     size = f", {format_size(job.total)}" if job.total > 1 else ""
     click.echo(printable(f"{what} on {', '.join(selection.devices)}{size} in {seconds:.2f} s"))
+    for choice in job.choices:
+        why = f" ({choice.why})" if choice.why else ""
+        click.echo(printable(f"  {choice.what}: {choice.chosen}{why}"))
 
 
 def _see_through(

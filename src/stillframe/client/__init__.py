@@ -17,7 +17,7 @@ from typing import Any
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 from qemu.qmp.protocol import Runstate
 
-from stillframe.client.job import Disconnected, JobFailed, JobLife, JobState
+from stillframe.client.job import Disconnected, JobChoice, JobFailed, JobLife, JobState
 from stillframe.errors import Cancelled, InvalidRequest, NotFound, PeerError, Unsupported
 from stillframe.monitor.addresses import (
     Address,
@@ -31,6 +31,7 @@ from stillframe.monitor.addresses import (
 __all__ = [
     "Client",
     "Disconnected",
+    "JobChoice",
     "JobFailed",
     "JobState",
     "ProgressListener",
@@ -225,6 +226,10 @@ class Client:
                 each["current-progress"],
                 each["total-progress"],
                 each.get("error"),
+                tuple(
+                    JobChoice(choice["what"], choice["chosen"], choice.get("why", ""))
+                    for choice in each.get("choices", ())
+                ),
             )
             for each in await self.execute("query-jobs")
         ]

@@ -9,11 +9,21 @@ from stillframe.errors import PeerError
 
 
 @dataclass(frozen=True, slots=True)
+class JobChoice:
+    """In which of several ways a job does its work, and why not in another one; `why` may be empty."""
+
+    what: str
+    chosen: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class JobState:
     """A job as `query-jobs` shows it.
 
     :param done: and :param total: progress in the job's own unit; stillframe's snapshot jobs count bytes.
     :param error: why it failed; None while it runs and where it succeeded.
+    :param choices: what stillframe tells of how it is done; empty with others.
     """
 
     id: str
@@ -22,6 +32,7 @@ class JobState:
     done: int
     total: int
     error: str | None
+    choices: tuple[JobChoice, ...] = ()
 
 
 class JobFailed(PeerError):

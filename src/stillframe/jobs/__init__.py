@@ -34,12 +34,13 @@ from stillframe.errors import (
 from stillframe.events import EventBus
 from stillframe.jobs.context import PARKED, JobContext
 from stillframe.jobs.record import Job, JobHooks, JobQueue
-from stillframe.jobs.states import TRANSITIONS, VERBS, JobInfo, JobStatus, JobVerb
+from stillframe.jobs.states import TRANSITIONS, VERBS, JobChoice, JobInfo, JobStatus, JobVerb
 
 __all__ = [
     "TRANSITIONS",
     "VERBS",
     "Body",
+    "JobChoice",
     "JobContext",
     "JobHooks",
     "JobInfo",
@@ -264,11 +265,7 @@ class Jobs:
     def query(self) -> Sequence[JobInfo]:
         """All jobs but internal ones, newest first."""
         with self._changed:
-            return [
-                JobInfo(job.id, job.type, job.status, job.current, job.total, job.error)
-                for job in reversed(self._jobs)
-                if job.id is not None
-            ]
+            return [job.info(job.id) for job in reversed(self._jobs) if job.id is not None]
 
     def pause(self, id: str) -> None:
         """Hold the job at its next checkpoint."""
@@ -361,7 +358,7 @@ class Jobs:
             job = self._find(id)
             if not self._changed.wait_for(lambda: job.over, timeout):
                 return None
-            return JobInfo(id, job.type, job.status, job.current, job.total, job.error)
+            return job.info(id)
 
     # The end
 

@@ -1,5 +1,6 @@
 """What a job's body is given: how it tells how far it is, and where it stands still or gives up."""
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Final
@@ -7,7 +8,9 @@ from typing import Final
 from stillframe.errors import Cancelled
 from stillframe.jobs.pace import Pace
 from stillframe.jobs.record import Job
-from stillframe.jobs.states import JobStatus
+from stillframe.jobs.states import JobChoice, JobStatus
+
+_log = logging.getLogger(__name__)
 
 _S = JobStatus
 PARKED: Final = {_S.RUNNING: _S.PAUSED, _S.READY: _S.STANDBY}
@@ -40,6 +43,13 @@ class JobContext:
         """Tell how far the work is, in any unit; `total` may change."""
         with self._changed:
             self._job.current, self._job.total = done, total
+
+    def chose(self, what: str, chosen: str, why: str = "") -> None:
+        """Put down, in the job's record and in the log, in which of several ways the work is done; see `JobChoice`."""
+        reason = f" ({why})" if why else ""
+        _log.info("job %s: %s: %s%s", self._job.id or self._job.type, what, chosen, reason)
+        with self._changed:
+            self._job.choices += (JobChoice(what, chosen, why),)
 
     def checkpoint(self) -> None:
         """Stand still here while the job is paused.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from stillframe.jobs.states import JobStatus
+from stillframe.jobs.states import JobChoice, JobInfo, JobStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,7 @@ class Job:
         self.error: str | None = None
         self.cause: BaseException | None = None
         self.speed = 0
+        self.choices: tuple[JobChoice, ...] = ()
         self.pause_requested = False
         self.cancel_requested = False
         self.completion_requested = False
@@ -67,6 +68,10 @@ class Job:
         self.idle = False
         # Somebody is finishing it: the body's thread, or whoever finalizes or cancels a pending job.
         self.finishing = False
+
+    def info(self, id: str) -> JobInfo:
+        """What `query-jobs` tells. :param id: the job's own, of one that has one."""
+        return JobInfo(id, self.type, self.status, self.current, self.total, self.error, self.choices)
 
     @property
     def over(self) -> bool:

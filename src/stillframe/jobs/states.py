@@ -63,12 +63,25 @@ VERBS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
+class JobChoice:
+    """One of several ways in which a job could do its work, and the one that it took.
+
+    :param what: it is about, as "memory". :param chosen: a word for the way. :param why: not another one; may be empty.
+    """
+
+    what: str
+    chosen: str
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class JobInfo:
     """A job as `query-jobs` tells it.
 
     :param current_progress: in the body's own unit, usually bytes. :param total_progress: where it is done;
         may grow.
     :param error: why it failed or that it was cancelled; None if it did not, or has not yet.
+    :param choices: in the order in which they were made.
     """
 
     id: str
@@ -77,3 +90,4 @@ class JobInfo:
     current_progress: int
     total_progress: int
     error: str | None = None
+    choices: tuple[JobChoice, ...] = ()

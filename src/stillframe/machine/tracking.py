@@ -13,7 +13,6 @@ own instant; whether that becomes the ground is known when the save has ended:
     tracking.put_back(since)      it is not: the ground stays, and what was taken counts as changed again
 """
 
-import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -31,8 +30,6 @@ from stillframe.machine.userfault import (
     Pagemap,
     Userfaultfd,
 )
-
-_log = logging.getLogger(__name__)
 
 PageNumbers = npt.NDArray[np.int64]
 """Ascending numbers of pages in their block."""
@@ -61,6 +58,9 @@ class Tracking(ABC):
     """See the module's text. `take` is called at a boundary; all calls come from one thread at a time."""
 
     how: str
+    """"kernel", or the hash's name."""
+    why: str
+    """For hashes: why it is not the kernel; may be empty."""
     reads_memory: bool
     """Whether changes can be told only by reading all of the memory."""
 
@@ -103,6 +103,7 @@ class KernelTracking(Tracking):
     """
 
     how = "kernel"
+    why = ""
     reads_memory = False
 
     def __init__(self, memory: GuestMemory) -> None:
@@ -171,12 +172,14 @@ class HashTracking(Tracking):
     interpreter is held for one piece at a time.
 
     :param algorithm: "xxh3", fast, keyed by a random secret; "blake3" for a guest that one has to fear.
+    :param why: it is not the kernel that tells.
     """
 
-    how = "hashes"
     reads_memory = True
 
-    def __init__(self, algorithm: HashName = "xxh3") -> None:
+    def __init__(self, algorithm: HashName = "xxh3", why: str = "") -> None:
+        self.how = algorithm
+        self.why = why
         self.ground: Mapping[str, npt.NDArray[np.void]] = {}
         self._hash = _keyed_hash(algorithm)
 
@@ -228,5 +231,4 @@ def track(memory: GuestMemory, algorithm: HashName = "xxh3") -> Tracking:
     try:
         return KernelTracking(memory)
     except OSError as error:
-        _log.info("Changed pages are found by hashing all of them at each save: %s", error.strerror)
-        return HashTracking(algorithm)
+        return HashTracking(algorithm, f"the kernel does not tell what changes: {error.strerror}")

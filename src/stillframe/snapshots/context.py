@@ -15,6 +15,10 @@ class Context(Protocol):
         complete."""
         ...
 
+    def chose(self, what: str, chosen: str, why: str = "") -> None:
+        """In which of several ways the work is done: `chosen`, and why not otherwise; see docs/monitor.md."""
+        ...
+
     def checkpoint(self) -> None:
         """Stand still here during a pause. :raise Cancelled: somebody asked to cancel."""
         ...
@@ -34,6 +38,9 @@ class Unwatched:
 
     def progress(self, done: int, total: int) -> None:
         """Nobody looks."""
+
+    def chose(self, what: str, chosen: str, why: str = "") -> None:
+        """Nobody asks."""
 
     def checkpoint(self) -> None:
         """Nobody pauses or cancels."""

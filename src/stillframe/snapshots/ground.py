@@ -2,7 +2,7 @@
 
 A machine stands on the snapshot that it was last saved to or loaded from. The next save continues that one's stream, if it can:
 the older stream's page records stay where they are, shared by both snapshots, and only what changed is written behind them.
-Whether it can is asked anew each time (`Ground.base`); where it cannot, a whole stream is written, and the log says why.
+Whether it can is asked anew each time (`Ground.base`); where it cannot, a whole stream is written, and the job says why.
 """
 
 import hashlib
@@ -77,12 +77,12 @@ class Ground:
 
     def stand(self, snapshot: UUID, index: PageIndex | None, changes: Changes) -> None:
         """The save that took `changes` is committed. :param index: where its pages lie."""
-        self._followed.stand(changes)
+        self.tracking.stand(changes)
         self.snapshot, self._index = snapshot, index
 
     def put_back(self, changes: Changes) -> None:
         """The save that took `changes` came to nothing."""
-        self._followed.put_back(changes)
+        self.tracking.put_back(changes)
 
     def lift(self) -> None:
         """Held: watch the memory no more, for whoever else wants to; then `set_down`, or `stand_here`."""
@@ -121,7 +121,8 @@ class Ground:
         self.snapshot, self._index = snapshot, index
 
     @property
-    def _followed(self) -> Tracking:
+    def tracking(self) -> Tracking:
+        """What finds the changes. :raise RuntimeError: nothing was taken yet."""
         if self._tracking is None:
             raise RuntimeError("Nothing was taken")
         return self._tracking
@@ -176,16 +177,12 @@ class Ground:
             self._index = read_page_index(node, snapshot, place, blocks)
         return self._index
 
-    def base(self, node: SnapshotNode, blocks: Sequence[RamBlock]) -> Base | None:
-        """The snapshot on `node` whose stream a save of these blocks of memory can continue."""
-        base, why = self._base(node, blocks)
-        if base is None and self.snapshot is not None:
-            _log.info("The machine state is written as a whole: %s", why)
-        return base
-
-    def _base(self, node: SnapshotNode, blocks: Sequence[RamBlock]) -> tuple[Base | None, str]:
+    def base(self, node: SnapshotNode, blocks: Sequence[RamBlock]) -> tuple[Base | None, str]:
+        """The snapshot on `node` whose stream a save of these blocks of memory can continue; else why there is none."""
+        if self.snapshot is None:
+            return None, "the machine stands on no snapshot whose pages are known"
         parent = next((s for s in node.store.snapshots() if _identity(s) == self.snapshot), None)
-        if self.snapshot is None or parent is None or parent.lineage is None:
+        if parent is None or parent.lineage is None:
             return None, f"node '{node.name}' does not have the snapshot that the machine stands on"
         place = parent.lineage.page_index
         if place is None:

@@ -163,15 +163,8 @@ class LazyMemory:
         return self._arriving.total
 
 
-def lazy_memory(machine: Machine, found: Found, ground: Ground) -> LazyMemory | None:
-    """For a load; None where all is to be read first, as the log says."""
-    memory, why = _lazy_memory(machine, found, ground)
-    if memory is None:
-        _log.info("All of the memory is loaded before the guest runs: %s", why)
-    return memory
-
-
-def _lazy_memory(machine: Machine, found: Found, ground: Ground) -> tuple[LazyMemory | None, str]:
+def lazy_memory(machine: Machine, found: Found, ground: Ground) -> tuple[LazyMemory | None, str]:
+    """For a load; else why all is to be read first."""
     snapshot: SnapshotInfo = found.snapshot
     place = snapshot.lineage.page_index if snapshot.lineage else None
     if place is None:

@@ -118,15 +118,20 @@ def _checked_state(
     with _explained():
         nearby = ground.nearby(found.node, found.snapshot) if ground is not None else None
         if nearby is not None:
+            context.chose("memory", "rewind")
             source, known = _source(machine, found, context, total, transfer=_DEVICES_TRANSFER)
             return nearby, _checked(machine, survey_devices(source, machine.board.name, known, nearby.index))
-        lazy = lazy_memory(machine, found, ground) if ground is not None and not eager else None
+        lazy, why = None, "as asked for"
+        if ground is not None and not eager:
+            lazy, why = lazy_memory(machine, found, ground)
         if lazy is not None:
+            context.chose("memory", "lazy")
             stack.callback(lazy.close)
             source, known = _source(
                 machine, found, context, total, _DEVICES_TRANSFER, most=total - 1 - lazy.bytes_to_come
             )
             return lazy, _checked(machine, survey_devices(source, machine.board.name, known, lazy.index))
+        context.chose("memory", "eager", why)
         refuse_without_room(min(found.snapshot.state_size, sum(block.size for block in machine.memory)))
         staged = StagedMemory(machine.memory)
         source, known = _source(machine, found, context, total, moved=context.moved)

@@ -9,7 +9,6 @@ The guest stands still in 2 alone; what it does to memory and disks afterwards b
 there before is touched by 1 to 3, and whatever fails or is cancelled up to the first switch leaves nothing behind.
 """
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,8 +32,6 @@ from stillframe.vmstate.page_index import PageIndex, pack_page_index
 from stillframe.vmstate.sections import SectionState, global_state
 from stillframe.vmstate.stream import MemoryContent, write_continuation, write_stream
 from stillframe.vmstate.transfer import state_sink
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +154,12 @@ class _StateWriting:
         """The stream and its page index. :return: the index, and where it lies."""
         self._context.checkpoint()
         try:
-            base = self._ground.base(self._state, [content.block for content in self._content])
+            base, why = self._ground.base(self._state, [content.block for content in self._content])
+            if base is not None:
+                base, why = self._shared(base)
             changed = [self._changes.pages(block, self._memory) for block in self._blocks]
-            if base is not None and self._shares(base):
+            self._tell(base, why)
+            if base is not None:
                 unchanged = self._total - 1 - sum(map(len, changed)) * PAGE_SIZE
                 self._wrote(unchanged)
                 with state_sink(self._write_at, base.index.parts_end) as sink:
@@ -167,7 +167,6 @@ class _StateWriting:
                         sink, self._board, base.index, self._content, changed, instant.sections, self._wrote
                     )
             else:
-                base = None
                 with state_sink(self._write_at) as sink:
                     index = write_stream(sink, self._board, self._content, instant.sections, self._wrote)
             packed = pack_page_index(index)
@@ -180,13 +179,23 @@ class _StateWriting:
             offset, len(packed), page_index_checksum(packed), stream, self._total - 1
         )
 
-    def _shares(self, base: Base) -> bool:
+    def _shared(self, base: Base) -> tuple[Base | None, str]:
+        """The base, its clusters being shared; else why they cannot be."""
         try:
             self._pending.share_state(base.snapshot, base.index.parts_end)
         except (NotFound, Unsupported) as error:
-            _log.info("The machine state is written as a whole: %s", error)
-            return False
-        return True
+            return None, error.message
+        return base, ""
+
+    def _tell(self, base: Base | None, why: str) -> None:
+        """How this save is done."""
+        tracking = self._ground.tracking
+        self._context.chose("memory", self._memory.how, self._memory.why)
+        self._context.chose("changes", tracking.how, tracking.why)
+        if base is None:
+            self._context.chose("state", "whole", why)
+        else:
+            self._context.chose("state", "continued", f"the machine stands on '{base.snapshot.name}'")
 
 
 def _commit(

@@ -1,7 +1,6 @@
 """Commands on jobs of any kind."""
 
 from enum import Enum
-from typing import Any
 
 import msgspec
 
@@ -25,6 +24,19 @@ class JobId(Structure):
     id: str
 
 
+class JobChoice(Structure):
+    """One of several ways in which a job could do its work, and the one that it took. Not QEMU's.
+
+    :param what: it is about; for snapshots memory, changes or state.
+    :param chosen: the way.
+    :param why: not another one.
+    """
+
+    what: str
+    chosen: str
+    why: str | msgspec.UnsetType = msgspec.UNSET
+
+
 class JobInfo(Structure):
     """A job.
 
@@ -34,6 +46,7 @@ class JobInfo(Structure):
     :param current_progress: how much is done, in a unit of the job's own; bytes for snapshots.
     :param total_progress: how much there is to do; it may grow.
     :param error: why it failed, or that it was cancelled.
+    :param choices: in which ways the work is done, as soon as that is known. Not QEMU's.
     """
 
     id: str
@@ -42,6 +55,7 @@ class JobInfo(Structure):
     current_progress: int
     total_progress: int
     error: str | msgspec.UnsetType = msgspec.UNSET
+    choices: list[JobChoice] | msgspec.UnsetType = msgspec.UNSET
 
 
 class JobSpeed(Structure):
@@ -72,9 +86,17 @@ def query_jobs(host: Host) -> list[JobInfo]:
     """All jobs, newest first, concluded ones too until they are dismissed."""
     found = []
     for job in host.jobs.query():
-        error: dict[str, Any] = {} if job.error is None else {"error": job.error}
+        choices = [JobChoice(each.what, each.chosen, each.why or msgspec.UNSET) for each in job.choices]
         found.append(
-            JobInfo(job.id, JobType(job.type), job.status, job.current_progress, job.total_progress, **error)
+            JobInfo(
+                job.id,
+                JobType(job.type),
+                job.status,
+                job.current_progress,
+                job.total_progress,
+                msgspec.UNSET if job.error is None else job.error,
+                choices or msgspec.UNSET,
+            )
         )
     return found
 
