@@ -279,6 +279,22 @@ def test_a_hold_of_the_fill_lets_the_guest_have_its_pages(bench: Bench) -> None:
     assert seen == [True]
 
 
+def test_the_fill_can_be_held_also_where_the_memory_lies_in_one_piece(bench: Bench) -> None:
+    """A hold takes effect after a few MiB, not when all has come."""
+    bench.pages[:] = np.random.default_rng(1).integers(1, 256, bench.pages.shape, np.uint8)
+    saved = bench.pages.copy()
+    bench.save("t")
+    bench.scramble(4)
+    bench.stranger()
+    context = During(bench, lambda: None)
+    bench.load("t", context)
+    assert np.array_equal(bench.pages, saved)
+    done = [done for done, _ in context.reports if done]
+    assert max(np.diff(done)) <= 6 << 20
+    assert context.left > RAM // 2
+    assert {total for _, total in context.reports} == {context.reports[-1][1]}
+
+
 _KILLED = """
 import os, sys
 from pathlib import Path
