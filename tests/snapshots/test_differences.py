@@ -213,6 +213,28 @@ def test_progress_in_bytes(two: Server) -> None:
     seen(two, job["total-progress"] == 1, job["total-progress"] > 1000)
 
 
+def test_jobs_say_how(two: Server) -> None:
+    two.send("snapshot-save", job_id="j", tag="s", vmstate="diskfmt0", devices=list(BOTH))
+    two.until("j", "concluded")
+    job = two.ask("query-jobs")[0]
+    seen(two, "choices" not in job, [each["what"] for each in job.get("choices", ())][-1:] == ["state"])
+
+
+def test_snapshots_have_a_speed(two: Server) -> None:
+    answer = two.lines.execute(
+        "snapshot-save", job_id="j", tag="s", vmstate="diskfmt0", devices=list(BOTH), speed=1 << 20
+    )
+    seen(two, answer.get("desc") == "Parameter 'speed' is unexpected", answer == {})
+
+
+def test_loads_while_running(two: Server) -> None:
+    assert two.save("s").error is None
+    answer = two.lines.execute(
+        "snapshot-load", job_id="j", tag="s", vmstate="diskfmt0", devices=["diskfmt0"], eager=True
+    )
+    seen(two, answer.get("desc") == "Parameter 'eager' is unexpected", answer == {})
+
+
 NOT_ONLY_HERE = {
     "all-or-none": "test_faults.py",
     "create-says-why": "test_failed_save_keeps_older",

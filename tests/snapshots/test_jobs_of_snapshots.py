@@ -338,7 +338,7 @@ def test_a_job_says_how_it_was_done_and_why_not_better(tmp_path: Path, image: Pa
         found.ask("quit")
     with server("stillframe", tmp_path, equip=with_memory) as found:
         found.add(0, image)
-        assert choices(found, "snapshot-load", "a", eager=True) == {"memory": ("eager", "as asked for")}
+        assert choices(found, "snapshot-load", "a", eager=True) == {"memory": ("eager", "asked for")}
 
 
 def test_a_job_says_what_its_host_does_not_let_it_do(found: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ def _checked_state(
             context.chose("memory", "rewind")
             source, known = _source(machine, found, context, total, transfer=_DEVICES_TRANSFER)
             return nearby, _checked(machine, survey_devices(source, machine.board.name, known, nearby.index))
-        lazy, why = None, "as asked for"
+        lazy, why = None, "asked for"
         if ground is not None and not eager:
             lazy, why = lazy_memory(machine, found, ground)
         if lazy is not None:
