@@ -12,6 +12,7 @@ import pytest
 
 from snapshots.hosts import qemu_img_check
 from snapshots.servers import SERVERS, Server, qemu_img, server
+from stillframe.jobs import JobContext
 from stillframe.machine import arriving, frozen, tracking
 from stillframe.machine.machine import Machine
 from stillframe.machine.memory import GuestMemory, MemoryBlock
@@ -357,3 +358,32 @@ def test_a_job_says_what_its_host_does_not_let_it_do(found: Server, monkeypatch:
         assert told["state"][0] == state
     chosen, why = choices(found, "snapshot-load", "a")["memory"]
     assert (chosen, "Operation not permitted" in why) == ("eager", True)
+
+
+@pytest.mark.parametrize("kind", ["whole", "continued", "rewind", "eager", "lazy"])
+def test_the_total_of_a_job_is_known_before_its_first_byte_and_stays(
+    tmp_path: Path, image: Path, kind: str
+) -> None:
+    seen: list[tuple[int, int]] = []
+    told = JobContext.progress
+
+    def progress(self: JobContext, done: int, total: int) -> None:
+        seen.append((done, total))
+        told(self, done, total)
+
+    with pytest.MonkeyPatch.context() as patch, server("stillframe", tmp_path, equip=with_memory) as found:
+        found.add(0, image)
+        for tag in ("c", "b", "a", "s")[: 1 if kind == "continued" else 0 if kind == "whole" else 4]:
+            assert found.save(tag).error is None
+        patch.setattr(JobContext, "progress", progress)
+        if kind in ("whole", "continued"):
+            choices(found, "snapshot-save", "s")
+        else:
+            tag = "s" if kind == "rewind" else "c"
+            chosen = choices(found, "snapshot-load", tag, eager=kind == "eager")
+            if chosen["memory"][0] != kind:
+                pytest.skip("this host has no userfaultfd")
+    assert seen[0][0] == 0
+    assert len({total for _, total in seen}) == 1
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1][0] == seen[-1][1]

@@ -167,9 +167,11 @@ EXAMPLES
   stillframe load box before-upgrade --eager
   stillframe load box before-upgrade --speed 50M
 
-The guest runs as soon as its devices are restored, and its memory comes while it does; the command
-ends when all has come. What the machine does now is lost. A flash device's content is part of the machine state: it is
-written back to its node, also where that node is not among the devices."""
+The guest runs as soon as its devices are restored, and its memory comes while it does; the command ends
+when all has come. Ctrl-C cancels a load until the guest runs; from then on the command waits for its
+end, and a second Ctrl-C leaves it to itself. What the machine does now is lost. A flash device's content
+is part of the machine state: it is written back to its node, also where that node is not among the
+devices."""
 )
 @click.argument("words", nargs=-1, metavar="[NAME] TAG")
 @qmp_option

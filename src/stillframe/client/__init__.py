@@ -10,7 +10,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -282,12 +282,12 @@ class Client:
 
     async def _see_through(self, life: JobLife, progress: ProgressListener | None) -> JobState:
         """The job as it concluded; it is dismissed then."""
-        total = 1
+        last = JobState(life.id, life.command, "created", 0, 1, None)
         try:
             while (job := await self._job(life.id)) is not None:
-                total = job.total
+                last = job
                 if progress is not None:
-                    progress(job.done, total)
+                    progress(job.done, job.total)
                 if job.status == "concluded":
                     life.concluded = job
                     await self._dismiss(life)
@@ -302,7 +302,7 @@ class Client:
                 raise self._ended(life) from error
         life.hear()
         if life.ended_well:
-            return JobState(life.id, life.command, "concluded", total, total, None)
+            return replace(last, status="concluded", done=last.total, error=None)
         if life.machine_ended:
             raise self._ended(life)
         raise PeerError(f"Job '{life.id}' vanished: somebody else dismissed it")
