@@ -10,8 +10,8 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "stillframe"
 
-BLOCK = {"errors", "events"}
-MACHINE = BLOCK | {"sockets", "block", "vmstate"}
+BLOCK = {"errors", "events", "sockets"}
+MACHINE = BLOCK | {"block", "vmstate"}
 SNAPSHOTS = MACHINE | {"machine", "jobs"}
 MONITOR = SNAPSHOTS | {"snapshots", "__version__"}
 WIRE = {"errors", "client", "data", "monitor.addresses", "__version__"}
@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "cli.image_open": WIRE | {"block"},
     "cli.image_recover": WIRE | {"block", "snapshots.recovery", "snapshots.selection"},
     "cli.image_resize": WIRE | {"block"},
+    "cli.image_serve": WIRE | {"block", "events", "sockets"},
     "cli.image_snapshot": WIRE | {"block", "snapshots.group", "snapshots.selection"},
     "cli.demo": WIRE | {"block.create"},
     "cli.run": WIRE | MONITOR | {"monitor"},

@@ -19,13 +19,19 @@ from typing import Any, Self
 from stillframe.block.node import Node
 from stillframe.block.opening import open_tree
 from stillframe.block.options import NodeOptions, read_options
-from stillframe.block.permissions import DEVICE_READER, DEVICE_WRITER
+from stillframe.block.permissions import (
+    DEVICE_READER,
+    DEVICE_WRITER,
+    EXPORT_READER,
+    EXPORT_WRITER,
+    Permissions,
+)
 from stillframe.block.structure import Edge, Entry, Structure, close_node
 from stillframe.errors import InUse, InvalidRequest, NotFound, StillframeError
 
 
 class NodeUse:
-    """A guest device's, or a job's, hold on a node; `release` it, or leave it as a context."""
+    """A guest device's, an export's, or a job's, hold on a node; `release` it, or leave it as a context."""
 
     def __init__(self, graph: "BlockGraph", node: Node, user: str) -> None:
         self._graph = graph
@@ -133,9 +139,15 @@ class BlockGraph:
         :param user: the device's name, for the words of a refusal to others.
         :raise InUse: another user does not share what it needs. :raise Refused: the node is read-only.
         """
+        return self._stand_on(node, user, DEVICE_WRITER if writable else DEVICE_READER)
+
+    def export(self, node: Node, user: str, *, writable: bool) -> NodeUse:
+        """Let other processes use a node; as `use`, but others may write it, too."""
+        return self._stand_on(node, user, EXPORT_WRITER if writable else EXPORT_READER)
+
+    def _stand_on(self, node: Node, user: str, demand: Permissions) -> NodeUse:
         with self._change:
             entry = self._entry(node)
-            demand = DEVICE_WRITER if writable else DEVICE_READER
             edge = Edge(entry, "root", user=user, demand=demand)
             self._structure.connect(edge)
             use = NodeUse(self, node, user)

@@ -8,6 +8,8 @@
     raw over its file         what its own users use          what its own users share
     guest device              consistent read; writable: +    all but write
                               write
+    export                    consistent read; writable: +    all
+                              write
 
 Two users of one node agree when neither uses what the other does not share. The same numbers are bits of
 QEMU's image locks, which carry the rule over to other processes (`block/locks.py`).
@@ -65,3 +67,5 @@ FORMAT_READER = Permissions(
 BACKING_READER = FORMAT_READER
 DEVICE_WRITER = Permissions(Permission.CONSISTENT_READ | Permission.WRITE, Permission.ALL & ~Permission.WRITE)
 DEVICE_READER = Permissions(Permission.CONSISTENT_READ, Permission.ALL & ~Permission.WRITE)
+EXPORT_WRITER = Permissions(Permission.CONSISTENT_READ | Permission.WRITE, Permission.ALL)
+EXPORT_READER = Permissions(Permission.CONSISTENT_READ, Permission.ALL)

@@ -17,6 +17,7 @@ from stillframe.cli.image_open import (
 )
 from stillframe.cli.image_recover import recover, tell_unfinished
 from stillframe.cli.image_resize import resize
+from stillframe.cli.image_serve import serve
 from stillframe.cli.image_snapshot import snapshot, snapshot_lines
 from stillframe.cli.present import format_size, print_json, printable
 
@@ -41,7 +42,7 @@ EXAMPLES
   stillframe image snapshot create disk.qcow2 before-upgrade"""
 )
 def image() -> None:
-    """Create, describe, check, compare, convert, resize and snapshot disk images.
+    """Create, describe, check, compare, convert, resize, serve and snapshot disk images.
 
     The images stay ordinary: qemu-img reads them, and these commands read those of qemu-img. An image that a
     machine has open is refused: its lock says so.
@@ -217,5 +218,5 @@ def _print_check(result: "CheckResult") -> None:
         click.echo(f"Image end offset: {result.image_end_offset}")
 
 
-for command in (create, map_image, compare, convert, resize, snapshot, recover):
+for command in (create, map_image, compare, convert, resize, snapshot, recover, serve):
     image.add_command(command)

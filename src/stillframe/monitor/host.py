@@ -3,6 +3,7 @@
 import threading
 from dataclasses import dataclass, field
 
+from stillframe.block.export.exports import NodeExports
 from stillframe.block.graph import BlockGraph
 from stillframe.events import EventBus
 from stillframe.jobs import Jobs
@@ -18,6 +19,7 @@ class Host:
     :param algorithm: finds changed pages where the kernel does not tell.
     :ivar snapshots: the machine's; what changes them runs on its queue, as a job or inside
         `Jobs.run_internal`.
+    :ivar exports: the nodes that are served to other processes.
     """
 
     machine: Machine
@@ -26,10 +28,12 @@ class Host:
     events: EventBus
     algorithm: HashName = "xxh3"
     snapshots: MachineSnapshots = field(init=False)
+    exports: NodeExports = field(init=False)
     _over: threading.Event = field(default_factory=threading.Event, init=False)
 
     def __post_init__(self) -> None:
         self.snapshots = MachineSnapshots(self.machine, self.graph, self.algorithm)
+        self.exports = NodeExports(self.graph, self.events)
 
     @property
     def name(self) -> str | None:
@@ -42,7 +46,7 @@ class Host:
         return self._over.is_set()
 
     def end(self, reason: str = "host-qmp-quit") -> None:
-        """End the machine and its jobs, in the order in which QEMU tells it: SHUTDOWN, then the jobs, newest
+        """End the machine, its jobs and exports, in the order in which QEMU tells it: SHUTDOWN, then the jobs, newest
         first.
 
         Waits for every job to undo its work, or to finish what cannot be undone. A second call waits as well.
@@ -51,4 +55,5 @@ class Host:
         """
         self.machine.quit(reason)
         self.jobs.cancel_all_and_wait()
+        self.exports.close()
         self._over.set()

@@ -83,11 +83,14 @@ class Qcow2Node(Node):
     def at_snapshot(self, snapshot: SnapshotInfo) -> Node:
         """The disk as it was at a snapshot, to be read: its size, its bytes, and what lies below the image.
 
+        Until it is closed the snapshot is not deleted, nor is one applied.
+
         :raise NotFound: it is no longer there. :raise ImageCorrupt: its tables lie where they cannot.
         """
         from stillframe.block.qcow2.view import SnapshotView
 
-        return SnapshotView(self, self._snapshots.l1_of(snapshot), snapshot.disk_size)
+        l1 = self._snapshots.begin_view(snapshot)
+        return SnapshotView(self, l1, snapshot.disk_size, lambda: self._snapshots.end_view(snapshot))
 
     def write_compressed(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """`write` for whole clusters, stored compressed where that makes them smaller.

@@ -16,6 +16,7 @@ from stillframe.block.qcow2.unfinished import (
     resolve,
     write_mark,
 )
+from stillframe.errors import InUse
 
 
 class Snapshots:
@@ -24,6 +25,7 @@ class Snapshots:
     def __init__(self, image: Image) -> None:
         self._image = image
         self._last_area: tuple[tuple[SnapshotEntry, ...], SnapshotInfo, StateArea] | None = None
+        self._viewed: list[SnapshotInfo] = []
 
     def snapshots(self) -> Sequence[SnapshotInfo]:
         """See `SnapshotStore`."""
@@ -50,23 +52,46 @@ class Snapshots:
         """See `SnapshotStore`.
 
         :raise Unsupported: dirty bitmaps, or a version 2 image of another size.
-        :raise InUse: a snapshot is pending, or another change is not finished.
+        :raise InUse: a snapshot is pending, another change is not finished, or a snapshot is read as a disk of its own.
         """
         from stillframe.block.qcow2.changes import prepare_revert
 
         refuse_if_withheld(self._image)
+        self._refuse_if_viewed(self._viewed)
         return prepare_revert(self._image, self._find(snapshot))
 
     def prepare_delete(self, snapshot: SnapshotInfo) -> Change:
-        """See `SnapshotStore`. :raise InUse: a snapshot is pending, or another change is not finished."""
+        """See `SnapshotStore`. :raise InUse: a snapshot is pending, another change is not finished, or it is read."""
         from stillframe.block.qcow2.changes import prepare_delete
 
         refuse_if_withheld(self._image)
+        self._refuse_if_viewed([each for each in self._viewed if each.id == snapshot.id])
         return prepare_delete(self._image, self._find(snapshot))
 
     def read_state(self, snapshot: SnapshotInfo, offset: int, length: int) -> bytes:
         """See `SnapshotStore`."""
         return self._area(snapshot).read(offset, length)
+
+    # Snapshots that are read as disks of their own.
+
+    def begin_view(self, snapshot: SnapshotInfo) -> bytearray:
+        """The snapshot's L1 table, to be read until `end_view`: meanwhile it is not deleted.
+
+        :raise NotFound: it is no longer there. :raise ImageCorrupt: it cannot be there.
+        """
+        l1 = self.l1_of(snapshot)
+        self._viewed.append(snapshot)
+        return l1
+
+    def end_view(self, snapshot: SnapshotInfo) -> None:
+        """The opposite of one `begin_view`."""
+        self._viewed.remove(snapshot)
+
+    def _refuse_if_viewed(self, viewed: Sequence[SnapshotInfo]) -> None:
+        if viewed:
+            raise InUse(
+                f"Snapshot '{viewed[0].name}' is in use", remedy="Remove the export that reads it first."
+            )
 
     # A mark that was found.
 

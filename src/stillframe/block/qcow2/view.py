@@ -1,6 +1,6 @@
 """A snapshot's disk as a node of its own, to be read while the image is."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Never
 
 from stillframe.block.bounds import refuse_outside
@@ -12,19 +12,22 @@ if TYPE_CHECKING:
 
 
 class SnapshotView(Node):
-    """What the guest saw at a snapshot, with what lies below the image; nothing is held, the image stays its owner's.
+    """What the guest saw at a snapshot, with what lies below the image, which stays its owner's.
 
-    :param node: the image; the snapshot must not be deleted, nor another be applied, while this is read.
-    :param l1: the snapshot's. :param size: the disk's, then.
+    :param node: the image; the snapshot must not be deleted, nor another be applied, until this is closed.
+    :param l1: the snapshot's. :param size: the disk's, then. :param closed: called once, at the first `close`.
     """
 
     driver = "qcow2"
 
-    def __init__(self, node: "Qcow2Node", l1: bytes | bytearray, size: int) -> None:
+    def __init__(
+        self, node: "Qcow2Node", l1: bytes | bytearray, size: int, closed: Callable[[], None]
+    ) -> None:
         super().__init__(node.node_name, read_only=True)
         self._node = node
         self._l1 = l1
         self._size = size
+        self._closed: Callable[[], None] | None = closed
 
     @property
     def size(self) -> int:
@@ -65,7 +68,10 @@ class SnapshotView(Node):
         """Nothing is ever written."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """The snapshot may be deleted again."""
+        closed, self._closed = self._closed, None
+        if closed is not None:
+            closed()
 
     def _refuse(self) -> Never:
         raise Refused(f"A snapshot of '{self.node_name}' cannot be written")

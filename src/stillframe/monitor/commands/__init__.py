@@ -2,6 +2,7 @@
 
 from stillframe.monitor.commands import (  # noqa: F401
     block,
+    exports,
     human,
     internal_snapshots,
     introspection,

@@ -1,0 +1,1 @@
+"""Nodes served to other processes, over NBD."""
