@@ -63,6 +63,7 @@ bench: $(STAMP) peers ## figures beside a peer's in the same run
 	mkdir -p build/bench
 	$(BIN)/python bench/startup.py --json build/bench/startup.json
 	$(BIN)/python bench/qcow2.py --json build/bench/qcow2.json
+	$(BIN)/python bench/nbd.py --json build/bench/nbd.json
 	$(BIN)/python bench/snapshots.py --json build/bench/snapshots.json
 	$(BIN)/python bench/engine.py --json build/bench/engine.json $(BENCH_ARGS)
 
