@@ -24,6 +24,7 @@ _PACKAGES = {
     "qemu-system-x86_64": "qemu-system-x86",
     "qemu-system-riscv64": "qemu-system-misc",
     "riscv64-linux-gnu-gcc": "gcc-riscv64-linux-gnu libc6-dev-riscv64-cross",
+    "x86_64-linux-gnu-gcc": "gcc libc6-dev",
     "dtc": "device-tree-compiler",
 }
 
@@ -81,13 +82,33 @@ def peer(name: str, version: str | None = None) -> str:
     return found
 
 
+_COMPILERS = {"riscv64": "riscv64-linux-gnu-gcc", "x86_64": "x86_64-linux-gnu-gcc"}
+
+
 @cache
-def linux_guest() -> dict[str, Path]:
-    """Paths of the Linux guest by what they are: "kernel", "initrd", "check-initrd"."""
+def linux_guest(architecture: str = "riscv64") -> dict[str, Path]:
+    """Paths of the Linux guest by what they are, as `scripts/debian-guest` explains them.
+
+    "kernel", "initrd", "agent-initrd"; "check-initrd" where there is a compiler; for "x86_64" also "ovmf-code" and "ovmf-vars".
+    """
+    what = f"the Linux guest for {architecture}"
     if not shutil.which("apt-get"):
-        missing("the Linux guest", "it is fetched from Debian's mirror with apt-get")
-    run = subprocess.run([str(ROOT / "scripts" / "debian-guest"), "--print"], capture_output=True, text=True)
+        missing(what, "it is fetched from Debian's mirror with apt-get")
+    script = str(ROOT / "scripts" / "debian-guest")
+    run = subprocess.run([script, "--print", architecture], capture_output=True, text=True)
     if run.returncode:
-        missing("the Linux guest", f"scripts/debian-guest said: {run.stderr.strip().splitlines()[-1:]}")
+        missing(what, f"scripts/debian-guest said: {run.stderr.strip().splitlines()[-1:]}")
     pairs = (line.split("=", 1) for line in run.stdout.splitlines() if "=" in line)
     return {key: Path(value) for key, value in pairs}
+
+
+def checking_guest(architecture: str = "riscv64") -> dict[str, Path]:
+    """The same, where the test cannot do without "check-initrd"."""
+    files = linux_guest(architecture)
+    if "check-initrd" not in files:
+        packages = _PACKAGES[_COMPILERS[architecture]]
+        missing(
+            f"the self-checking Linux guest for {architecture}",
+            f"apt-get install --no-install-recommends {packages}",
+        )
+    return files

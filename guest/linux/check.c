@@ -2,11 +2,14 @@
 
    It prints the same heartbeat as the bundled guest, `HB n t=MS gap=US bad=N nonce=HEX`, and reads the same words from the
    console: status, check, wreck, reboot, poweroff. On the kernel's command line: mb= of memory (32), dirty= pages a heartbeat
-   (16), period= in ms (50). The nonce comes from the kernel's random numbers and is kept in memory alone. */
+   (16), period= in ms (50), workers= processes that rewrite memory of their own meanwhile, each on a processor of its own (one for
+   every processor but the first). The nonce comes from the kernel's random numbers and is kept in memory alone. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,15 +27,26 @@
 
 #include <linux/fs.h>
 
-enum { PAGE = 4096, WORDS = PAGE / 8, SLOTS = 64, CHECKED = 64, FORK_EVERY = 10 };
+enum { PAGE = 4096, WORDS = PAGE / 8, SLOTS = 64, CHECKED = 64, FORK_EVERY = 10, WORKERS = 15, WORKER_PAGES = 1024 };
 
 static uint64_t nonce, pages, dirty, period_ms, beats;
-static uint64_t bad_memory, bad_shared, bad_disk, bad_clock, bad_process;
+static uint64_t bad_memory, bad_shared, bad_disk, bad_clock, bad_process, bad_worker;
 static uint64_t *pattern, *shared, *versions; /* shared: a file in tmpfs, mapped */
 static uint64_t slot_seed[SLOTS], slot_generation;
 static uint64_t *block;
 static int disk = -1;
 static uint64_t disk_gap;
+
+/* A worker rewrites its pages while the first process reads them on another processor. A version is odd while its page is being
+   written, so that a page with the same even version before and after it was read must match that version. */
+struct worker {
+    _Atomic uint64_t rounds, bad;
+    _Atomic uint64_t versions[WORKER_PAGES];
+    uint64_t pages[WORKER_PAGES][WORDS] __attribute__((aligned(PAGE)));
+};
+static struct worker *workers;
+static pid_t worker_pids[WORKERS];
+static uint64_t worker_count;
 
 static uint64_t mix(uint64_t x) {
     x += 0x9e3779b97f4a7c15u;
@@ -67,7 +81,12 @@ static void fatal(const char *what) {
         pause();
 }
 
-static uint64_t bad(void) { return bad_memory + bad_shared + bad_disk + bad_clock + bad_process; }
+static uint64_t bad(void) {
+    uint64_t sum = bad_memory + bad_shared + bad_disk + bad_clock + bad_process + bad_worker;
+    for (uint64_t i = 0; i < worker_count; i++)
+        sum += workers[i].bad;
+    return sum;
+}
 static uint64_t seed_of(uint64_t page) { return mix(nonce ^ mix(page << 32 ^ versions[page])); }
 static uint64_t *page_at(uint64_t page) { return (page % 4 ? pattern : shared) + page * WORDS; }
 
@@ -151,6 +170,90 @@ static void write_slot(int slot) {
         printf("vda: %s\n", strerror(errno));
 }
 
+static uint64_t worker_seed(uint64_t worker, uint64_t page, uint64_t version) {
+    return mix(nonce ^ mix((worker + 1) << 52 ^ page << 40 ^ version));
+}
+
+static void check_worker_page(uint64_t worker, uint64_t page) {
+    struct worker *its = &workers[worker];
+    uint64_t version = atomic_load_explicit(&its->versions[page], memory_order_acquire);
+    if (version & 1)
+        return;
+    int same = matches(its->pages[page], worker_seed(worker, page, version));
+    atomic_thread_fence(memory_order_acquire);
+    if (!same && atomic_load_explicit(&its->versions[page], memory_order_relaxed) == version)
+        bad_worker++;
+}
+
+static void write_worker_page(uint64_t worker, uint64_t page) {
+    struct worker *its = &workers[worker];
+    uint64_t version = its->versions[page];
+    atomic_store_explicit(&its->versions[page], version + 1, memory_order_relaxed);
+    atomic_thread_fence(memory_order_release);
+    fill(its->pages[page], worker_seed(worker, page, version + 2));
+    atomic_store_explicit(&its->versions[page], version + 2, memory_order_release);
+}
+
+static void stay_on(uint64_t processor) {
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(processor, &one);
+    if (sched_setaffinity(0, sizeof one, &one))
+        fatal("sched_setaffinity");
+}
+
+static void work(uint64_t worker) {
+    struct worker *its = &workers[worker];
+    uint64_t written = 0;
+    struct timespec rest = {(time_t)(period_ms / 1000), (long)(period_ms % 1000 * 1000000)};
+    for (;; its->rounds++) {
+        for (uint64_t i = 0; i < dirty; i++) {
+            uint64_t page = written++ % WORKER_PAGES;
+            if (!matches(its->pages[page], worker_seed(worker, page, its->versions[page])))
+                its->bad++;
+            write_worker_page(worker, page);
+        }
+        nanosleep(&rest, NULL);
+    }
+}
+
+static void start_workers(void) {
+    uint64_t processors = (uint64_t)sysconf(_SC_NPROCESSORS_ONLN);
+    worker_count = argument("workers", processors - 1);
+    if (worker_count > WORKERS)
+        worker_count = WORKERS;
+    if (!worker_count)
+        return;
+    workers = mmap(NULL, worker_count * sizeof *workers, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (workers == MAP_FAILED)
+        fatal("memory of workers");
+    for (uint64_t i = 0; i < worker_count; i++) {
+        for (uint64_t page = 0; page < WORKER_PAGES; page++)
+            write_worker_page(i, page);
+        fflush(stdout);
+        worker_pids[i] = fork();
+        if (worker_pids[i] < 0)
+            fatal("fork");
+        if (!worker_pids[i]) {
+            stay_on((i + 1) % processors);
+            work(i);
+        }
+    }
+    stay_on(0);
+}
+
+/* Workers that ended are as wrong as pages that do not match. */
+static void check_workers(uint64_t pages_of_each) {
+    for (uint64_t i = 0; i < worker_count; i++) {
+        for (uint64_t page = 0; page < pages_of_each; page++)
+            check_worker_page(i, mix(beats << 10 ^ page) % WORKER_PAGES);
+        if (worker_pids[i] && waitpid(worker_pids[i], NULL, WNOHANG)) {
+            bad_worker++;
+            worker_pids[i] = 0;
+        }
+    }
+}
+
 /* A process of its own sees the same memory, and its end is seen. */
 static void check_in_a_child(void) {
     fflush(stdout);
@@ -185,12 +288,16 @@ static void beat(void) {
     write_slot((int)(beats % SLOTS));
     if (beats % FORK_EVERY == 0)
         check_in_a_child();
+    check_workers(CHECKED / 4);
     printf("HB %lu t=%lu gap=%lu bad=%lu nonce=%016lx\n", ++beats, now / 1000, gap, bad(), nonce);
 }
 
 static void wreck(void) {
     for (uint64_t page = 0; page < pages; page += 3)
         fill(page_at(page), ~microseconds());
+    for (uint64_t i = 0; i < worker_count; i++)
+        for (uint64_t page = 0; page < WORKER_PAGES; page += 3)
+            fill(workers[i].pages[page], ~microseconds());
     for (int slot = 0; disk >= 0 && slot < SLOTS; slot++) {
         fill(block, ~microseconds());
         if (pwrite(disk, block, PAGE, slot_offset(slot)) != PAGE)
@@ -201,13 +308,21 @@ static void wreck(void) {
 
 static void command(const char *line) {
     if (!strcmp(line, "status")) {
-        printf("ok status hb=%lu bad=%lu memory=%lu shared=%lu disk=%lu clock=%lu process=%lu disks=%d nonce=%016lx\n", beats,
-               bad(), bad_memory, bad_shared, bad_disk, bad_clock, bad_process, disk >= 0, nonce);
+        uint64_t rounds = 0, worker_bad = bad_worker;
+        for (uint64_t i = 0; i < worker_count; i++) {
+            rounds += workers[i].rounds;
+            worker_bad += workers[i].bad;
+        }
+        printf("ok status hb=%lu bad=%lu memory=%lu shared=%lu disk=%lu clock=%lu process=%lu worker=%lu disks=%d workers=%lu "
+               "rounds=%lu nonce=%016lx\n",
+               beats, bad(), bad_memory, bad_shared, bad_disk, bad_clock, bad_process, worker_bad, disk >= 0, worker_count, rounds,
+               nonce);
     } else if (!strcmp(line, "check")) {
         for (uint64_t page = 0; page < pages; page++)
             check_page(page);
         for (int slot = 0; slot < SLOTS; slot++)
             check_slot(slot);
+        check_workers(WORKER_PAGES);
         printf("ok check bad=%lu\n", bad());
     } else if (!strcmp(line, "wreck")) {
         wreck();
@@ -267,6 +382,7 @@ int main(void) {
     for (uint64_t page = 0; page < pages; page++)
         fill(page_at(page), seed_of(page));
     disk_open();
+    start_workers();
     printf("boot nonce=%016lx pattern=%lu disks=%d\n", nonce, pages * PAGE >> 20, disk >= 0);
 
     for (uint64_t due = microseconds();;) {

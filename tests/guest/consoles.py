@@ -82,6 +82,38 @@ def argv(
     return [*words, *more]
 
 
+def pc_argv(
+    version: str,
+    *,
+    kernel: Path,
+    initrd: Path,
+    disk: Path,
+    firmware: tuple[Path, Path] | None = None,
+    append: str = "console=ttyS0 quiet",
+    memory: int = 256,
+    more: Sequence[str] = (),
+) -> list[str]:
+    """The command line of a QEMU that starts an x86-64 Linux, its console on stdin and stdout, its disk /dev/vda.
+
+    Without CMPXCHG16B: QEMU 7.2's TCG sometimes leaves wrong flags behind it, and Linux dies of a double fault while it starts.
+    The entropy device saves it the half second in which a kernel without one gathers its random numbers.
+
+    :param version: one of `QEMU_VERSIONS`. :param disk: a qcow2 image. :param memory: MiB.
+    :param firmware: OVMF's code and this machine's own copy of its variables; without it SeaBIOS starts the kernel.
+    """
+    words = [peer("qemu-system-x86_64", version), "-machine", "q35", "-m", str(memory), "-nodefaults"]
+    words += ["-display", "none", "-serial", "stdio", "-device", "virtio-rng-pci"]
+    words += ["-cpu", "qemu64,-cx16"]
+    words += ["-kernel", str(kernel), "-initrd", str(initrd), "-append", append]
+    words += ["-blockdev", f"qcow2,node-name=root,file.driver=file,file.filename={disk}"]
+    words += ["-device", "virtio-blk-pci,drive=root"]
+    if firmware:
+        code, variables = firmware
+        words += ["-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={code}"]
+        words += ["-drive", f"if=pflash,unit=1,format=raw,file={variables}"]
+    return [*words, *more]
+
+
 class GuestProcess:
     """A running guest; leaving the `with` kills it if it has not ended."""
 

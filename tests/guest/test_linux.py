@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from guest.consoles import RUNNERS, GuestProcess, argv
-from peers import ROOT, linux_guest, missing, peer
+from peers import ROOT, checking_guest, linux_guest, missing, peer
 
 
 @pytest.fixture(params=RUNNERS)
@@ -44,11 +44,7 @@ def test_a_shell_formats_and_checks_ext4(runner: str, disk: Path) -> None:
 
 
 def test_the_self_checking_linux_finds_nothing_bad_until_wrecked(runner: str, disk: Path) -> None:
-    files = linux_guest()
-    if "check-initrd" not in files:
-        missing(
-            "the self-checking Linux guest", "apt-get install gcc-riscv64-linux-gnu libc6-dev-riscv64-cross"
-        )
+    files = checking_guest()
     kernel, initrd = files["kernel"], files["check-initrd"]
     words = argv(runner, kernel, initrd=initrd, disk=disk, memory=192, append="console=ttyS0 quiet period=10")
     with GuestProcess(words) as guest:
