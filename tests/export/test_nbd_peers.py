@@ -4,10 +4,12 @@ import json
 import random
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
+from export.client import Client
 from export.serving import ours, theirs
 from peers import peer
 
@@ -137,3 +139,40 @@ def test_a_snapshot_is_served_as_it_was_and_stays_as_long_as_it_is(tmp_path: Pat
         change.commit()
         change.finish()
     run("qemu-img", "check", disk)
+
+
+def test_what_a_client_wrote_in_order_is_frozen_in_order(tmp_path: Path) -> None:
+    """Two disks of one client: whatever instant is taken, a later write is never there without an earlier one."""
+    from stillframe.block.export import nbd
+    from stillframe.block.export.exports import ExportRequest
+
+    for name in ("first", "second"):
+        (tmp_path / name).write_bytes(bytes(65536))
+    with ours(tmp_path / "o", tmp_path / "first", "raw", writable=True) as (_, exports, graph):
+        file = {"driver": "file", "filename": str(tmp_path / "second")}
+        graph.blockdev_add({"driver": "raw", "node-name": "m", "file": file})
+        exports.add(ExportRequest("f", "m", "second", writable=True))
+        over = threading.Event()
+
+        def write() -> None:
+            with Client(tmp_path / "o").go() as first, Client(tmp_path / "o").go("second") as second:
+                number = 0
+                while not over.is_set():
+                    number += 1
+                    first.do(nbd.WRITE, 0, 8, data=number.to_bytes(8, "big"))
+                    second.do(nbd.WRITE, 0, 8, data=number.to_bytes(8, "big"))
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        seen = set()
+        try:
+            while len(seen) < 20:
+                with exports.drained():
+                    later, earlier = (graph.find(name).read(0, 8) for name in ("m", "n"))
+                    again = graph.find("m").read(0, 8)
+                assert later == again
+                assert later <= earlier
+                seen.add(earlier)
+        finally:
+            over.set()
+            writer.join()

@@ -7,7 +7,8 @@ and a guest's device on the node keeps writable exports away.
 import re
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -153,9 +154,9 @@ class NodeExports:
             if self._server is None:
                 raise Refused("NBD server not running")
             name = asked.node_name if asked.name is None else asked.name
-            if len(name.encode()) > nbd.MAXIMUM_TEXT:
+            if len(name.encode("utf-8", "replace")) > nbd.MAXIMUM_TEXT:
                 raise InvalidRequest(f"export name '{name}' too long")
-            if len(asked.description.encode()) > nbd.MAXIMUM_TEXT:
+            if len(asked.description.encode("utf-8", "replace")) > nbd.MAXIMUM_TEXT:
                 raise InvalidRequest(f"description '{asked.description}' too long")
             if self.find(name) is not None:
                 raise AlreadyExists(f"NBD server already has export named '{name}'")
@@ -185,6 +186,19 @@ class NodeExports:
                     f"export '{id}' still in use", remedy="Use mode='hard' to force client disconnect"
                 )
             self._end(id)
+
+    @contextmanager
+    def drained(self) -> Iterator[None]:
+        """No request of any client is in flight inside the block; new ones wait for its end.
+
+        What several nodes hold is of one instant then: without it a client's later write may be in the snapshot of one disk,
+        and its earlier one not in that of another. Requests in flight are waited for, flushes too: begin before the guest is
+        paused.
+        """
+        with ExitStack() as stack:
+            for each in tuple(self._entries.values()):
+                stack.enter_context(each.export.held())
+            yield
 
     def close(self) -> None:
         """The process ends: without a server, nothing."""

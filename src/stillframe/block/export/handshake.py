@@ -127,7 +127,7 @@ def _negotiate(line: _Line, exports: Exports) -> Agreed | None:
 
 
 def _agreed(export: Export, state: _State) -> Agreed:
-    chosen = state.context == export.name.encode()
+    chosen = state.context == export.name.encode("utf-8", "replace")
     return Agreed(export, state.structured, allocation=chosen and state.structured)
 
 
@@ -225,9 +225,11 @@ def _unknown(option: int, name: bytes) -> bytes:
 
 
 def _listed(export: Export) -> bytes:
-    name = export.name.encode()
+    name = export.name.encode("utf-8", "replace")
     return nbd.option_reply(
-        Option.LIST, OptionReply.SERVER, struct.pack(">I", len(name)) + name + export.description.encode()
+        Option.LIST,
+        OptionReply.SERVER,
+        struct.pack(">I", len(name)) + name + export.description.encode("utf-8", "replace"),
     )
 
 

@@ -179,7 +179,7 @@ def block_size_info() -> bytes:
 
 def text_info(kind: Info, text: str) -> bytes:
     """The informations NAME and DESCRIPTION."""
-    return struct.pack(">H", kind) + text.encode()
+    return struct.pack(">H", kind) + text.encode("utf-8", "replace")
 
 
 def simple_reply(cookie: int, error: int = 0) -> bytes:

@@ -21,6 +21,7 @@ _log = logging.getLogger(__name__)
 _MAXIMUM_EXTENTS: Final = 8192
 _CHANGED_AT_ONCE: Final = 64 << 20
 _HOLES_FROM: Final = 64 << 10
+_MAPPED_AT_ONCE: Final = 1 << 20
 _LENGTHLESS: Final = frozenset({nbd.FLUSH})
 
 
@@ -185,26 +186,31 @@ class Requests:
                 line.send(room[: header + part])
                 start += part
 
-    def _runs(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
-        """Start, end, and whether it is known to read as zeroes; as a whole where that cannot be told."""
-        whole = [(offset, offset + length, False)]
+    def _runs(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+        """Start, end, and whether it is known to read as zeroes; a short read is not worth the question."""
+        end = offset + length
         if length < _HOLES_FROM:
-            return whole
+            yield offset, end, False
+            return
+        while offset < end:
+            part = min(end - offset, _MAPPED_AT_ONCE)
+            yield from self._mapped(offset, part)
+            offset += part
+
+    def _mapped(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
         runs: list[tuple[int, int, bool]] = []
         try:
             self._export.enter()
             try:
                 for extent in self._node.extents(offset, length):
                     is_hole = extent.kind is not ExtentKind.DATA
-                    if runs and runs[-1][2] == is_hole:
-                        runs[-1] = (runs[-1][0], extent.offset + extent.length, is_hole)
-                    else:
-                        runs.append((extent.offset, extent.offset + extent.length, is_hole))
+                    start = runs.pop()[0] if runs and runs[-1][2] == is_hole else extent.offset
+                    runs.append((start, extent.offset + extent.length, is_hole))
             finally:
                 self._export.leave()
-        except StillframeError:
-            # The read itself says what is wrong.
-            return whole
+        except Exception:
+            # Whatever it is, the read of it will say so.
+            return [(offset, offset + length, False)]
         return runs
 
     def _read_into(self, offset: int, room: memoryview) -> int:
