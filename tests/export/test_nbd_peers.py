@@ -152,7 +152,7 @@ def test_what_a_client_wrote_in_order_is_frozen_in_order(tmp_path: Path) -> None
         file = {"driver": "file", "filename": str(tmp_path / "second")}
         graph.blockdev_add({"driver": "raw", "node-name": "m", "file": file})
         exports.add(ExportRequest("f", "m", "second", writable=True))
-        over = threading.Event()
+        over, written = threading.Event(), threading.Semaphore(0)
 
         def write() -> None:
             with Client(tmp_path / "o").go() as first, Client(tmp_path / "o").go("second") as second:
@@ -161,18 +161,18 @@ def test_what_a_client_wrote_in_order_is_frozen_in_order(tmp_path: Path) -> None
                     number += 1
                     first.do(nbd.WRITE, 0, 8, data=number.to_bytes(8, "big"))
                     second.do(nbd.WRITE, 0, 8, data=number.to_bytes(8, "big"))
+                    written.release()
 
         writer = threading.Thread(target=write)
         writer.start()
-        seen = set()
         try:
-            while len(seen) < 20:
+            for _ in range(50):
+                assert written.acquire(timeout=20)
                 with exports.drained():
                     later, earlier = (graph.find(name).read(0, 8) for name in ("m", "n"))
                     again = graph.find("m").read(0, 8)
                 assert later == again
                 assert later <= earlier
-                seen.add(earlier)
         finally:
             over.set()
             writer.join()
