@@ -137,6 +137,8 @@ THEIRS_ALONE = {
     "query-named-block-nodes",
     "query-block",
     "blockdev-add",
+    "block-export-add",
+    "query-block-exports",
     "query-jobs",
     "query-qmp-schema",
     "BLOCK_IO_ERROR",

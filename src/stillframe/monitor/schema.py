@@ -22,7 +22,7 @@ Members are visited in the order of their declaration; `job_id` stands for QMP's
     an Enum of strings                    one of its words
     list[T], Structure                    nested
     T | msgspec.UnsetType = msgspec.UNSET optional
-    A | B with the same `tag_field`       a union, told apart by that member
+    A | B with the same `tag_field`       a union, told apart by that member; A alone, with a tag: a union of one
 
 A command's function runs on a thread of its own and may block; what it returns is the reply's `return` (None
 for an empty object), what it raises from the tree of errors is its `error`.
@@ -168,7 +168,7 @@ def shape_of(annotation: Any) -> Shape:
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         return Enumeration(annotation)
     if isinstance(annotation, type) and issubclass(annotation, msgspec.Struct):
-        return Object(annotation)
+        return _variants((annotation,)) if annotation.__struct_config__.tag else Object(annotation)
     raise TypeError(f"{annotation} has no shape in QMP")
 
 

@@ -146,8 +146,8 @@ class BlockExportType(Enum):
     NBD = "nbd"
 
 
-class BlockExportOptions(Structure, kw_only=True):
-    """An export to be made.
+class BlockExportOptions(Structure, tag_field="type", kw_only=True):
+    """What every kind of export takes.
 
     :param id: unique among exports.
     :param fixed_iothread: has no effect without `iothread`.
@@ -156,13 +156,8 @@ class BlockExportOptions(Structure, kw_only=True):
     :param writable: clients may write.
     :param writethrough: refused where it is true; clients flush.
     :param allow_inactive: has no effect: nodes are active.
-    :param name: what clients ask for; the node's name if left out.
-    :param description: for people.
-    :param bitmaps: refused: bitmaps are not exported.
-    :param allocation_depth: refused where it is true.
     """
 
-    type: BlockExportType
     id: str
     fixed_iothread: bool | UnsetType = UNSET
     iothread: str | UnsetType = UNSET
@@ -170,6 +165,17 @@ class BlockExportOptions(Structure, kw_only=True):
     writable: bool | UnsetType = UNSET
     writethrough: bool | UnsetType = UNSET
     allow_inactive: bool | UnsetType = UNSET
+
+
+class BlockExportOptionsNbd(BlockExportOptions, tag="nbd", kw_only=True):
+    """An export over NBD.
+
+    :param name: what clients ask for; the node's name if left out.
+    :param description: for people.
+    :param bitmaps: refused: bitmaps are not exported.
+    :param allocation_depth: refused where it is true.
+    """
+
     name: str | UnsetType = UNSET
     description: str | UnsetType = UNSET
     bitmaps: list[Any] | UnsetType = UNSET
@@ -265,7 +271,7 @@ def nbd_server_stop(host: Host) -> None:
 
 
 @command("block-export-add")
-def block_export_add(host: Host, arguments: BlockExportOptions) -> None:
+def block_export_add(host: Host, arguments: BlockExportOptionsNbd) -> None:
     """Export a node. It stays open meanwhile, and the guest's devices and other exports may use it, too, as far as one writer
     beside them is suffered.
     """
