@@ -141,6 +141,23 @@ def test_a_snapshot_is_served_as_it_was_and_stays_as_long_as_it_is(tmp_path: Pat
     run("qemu-img", "check", disk)
 
 
+def test_a_write_that_waits_for_a_snapshot_is_overtaken_by_reads(tmp_path: Path) -> None:
+    from stillframe.block.export import nbd
+
+    disk = image_with(tmp_path, "plain")
+    run("qemu-img", "snapshot", "-c", "old", disk)
+    with ours(tmp_path / "o", disk, writable=True) as (_, _, graph), Client(tmp_path / "o").go() as client:
+        store = graph.find("n").snapshot_store
+        assert store is not None
+        change = store.prepare_delete(store.snapshots()[0])
+        write = client.ask(nbd.WRITE, 4 << 20, 4096, data=bytes([9]) * 4096)
+        assert client.do(nbd.READ, 2 << 20, 2) == [(2 << 20, b"\4\4")]
+        change.commit()
+        change.finish()
+        assert client.reply()[:2] == (write, 0)
+    run("qemu-img", "check", disk)
+
+
 def test_what_a_client_wrote_in_order_is_frozen_in_order(tmp_path: Path) -> None:
     """Two disks of one client: whatever instant is taken, a later write is never there without an earlier one."""
     from stillframe.block.export import nbd

@@ -404,6 +404,11 @@ class Node(ABC):
         """Which regular file this node is; None for anything else. :raise IOFailed: the host does not tell."""
         return None
 
+    @property
+    def is_switching(self) -> bool:
+        """Whether writes may have to wait for a change of the image's snapshots; a hint, true of the moment."""
+        return False
+
     @abstractmethod
     def readinto(self, offset: int, buffer: memoryview) -> None:
         """Fill the whole of `buffer` from `offset` on."""

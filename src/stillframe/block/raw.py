@@ -63,6 +63,10 @@ class RawNode(Node):
         """The child's, as QEMU does it for a node that has nothing below it but one other."""
         return self._file.snapshot_store
 
+    @property
+    def is_switching(self) -> bool:
+        return self._file.is_switching
+
     def readinto(self, offset: int, buffer: memoryview) -> None:
         refuse_outside(self, offset, len(buffer), "read")
         self._file.readinto(self._offset + offset, buffer)

@@ -163,7 +163,8 @@ class Connection:
                 raise PeerError("A request is not of the protocol")
             if kind == nbd.DISC:
                 return None
-            if kind in _QUICK_TYPES and length <= _QUICK_LENGTH and not flags and not self._is_slow[kind]:
+            may_be_quick = kind in _QUICK_TYPES and length <= _QUICK_LENGTH and not flags
+            if may_be_quick and not self._is_slow[kind] and not requests.is_slow(kind):
                 if kind == nbd.WRITE and gathered and not incoming.holds(length):
                     self.send(room.view[:gathered])
                     gathered = 0

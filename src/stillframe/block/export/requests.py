@@ -52,6 +52,10 @@ class Requests:
         self._allocation = agreed.allocation
         self._size = self._node.size
 
+    def is_slow(self, kind: int) -> bool:
+        """Whether a request of this kind would wait for more than the storage."""
+        return kind == nbd.WRITE and self._node.is_switching
+
     def refusal(self, kind: int, flags: int, offset: int, length: int) -> int:
         """The error that a request deserves before anything is done; 0 for none."""
         allowed = nbd.ALLOWED_FLAGS.get(kind)

@@ -114,6 +114,11 @@ class Qcow2Node(Node):
         """None with a data file of its own, whose clusters nothing counts: the format rules snapshots out."""
         return None if self._image.header.has_data_file else self._snapshots
 
+    @property
+    def is_switching(self) -> bool:
+        # Without the gate's lock, which a change holds for long: it is a hint.
+        return self._image.gate.is_switching
+
     def readinto(self, offset: int, buffer: memoryview) -> None:
         self._refuse_outside(offset, len(buffer))
         while len(buffer) > _LOOKED_UP_AT_ONCE:
