@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillframe.machine import tracking as tracking_module
+from stillframe.machine.folding import fold
 from stillframe.machine.frozen import freeze
 from stillframe.machine.memory import PAGE_SIZE, GuestMemory, MemoryBlock
 from stillframe.machine.tracking import Changes, HashName, HashTracking, KernelTracking, Tracking, track
@@ -87,6 +88,57 @@ def test_what_is_written_while_a_save_is_on_its_way_belongs_to_the_next(
     tracking.stand(changes)
     assert pages["ram"] == [1]
     assert found_by(tracking, memory)[1]["ram"] == [2]
+
+
+def test_memory_put_back_into_huge_pages_keeps_its_bytes_and_what_is_known_of_them(
+    tracking: Tracking, memory: GuestMemory
+) -> None:
+    pages = np.frombuffer(memory.blocks[0].view, np.uint8).reshape(PAGES, PAGE_SIZE)
+    # The second of four huge pages stays sparse, the third is not touched at all.
+    pages[:512, 0], pages[700, 0], pages[1536:, 0] = 1, 2, 3
+    tracking.stand(found_by(tracking, memory)[0])
+    for page in (3, 511, 700, 1540):
+        put(memory, page, 9)
+    before = pages.copy()
+    fold(memory, tracking, lambda work: work())
+    assert (pages == before).all()
+    put(memory, 5)
+    put(memory, 1541)
+    changes, found = found_by(tracking, memory)
+    assert found["ram"] == [3, 5, 511, 700, 1540, 1541]
+    tracking.put_back(changes)
+    put(memory, 1542)
+    assert 1542 in found_by(tracking, memory)[1]["ram"]
+
+
+def _in_huge_pages(memory: GuestMemory) -> int:
+    """Bytes of the first block, as the kernel says."""
+    with open("/proc/self/smaps", encoding="ascii") as lines:
+        start = end = total = 0
+        address = memory.blocks[0].host_address
+        for line in lines:
+            words = line.split()
+            if "-" in words[0] and not words[0].endswith(":"):
+                start, end = (int(word, 16) for word in words[0].split("-"))
+            elif words[0] == "AnonHugePages:" and start < address + memory.blocks[0].size and address < end:
+                total += int(words[1]) << 10
+    return total
+
+
+def test_memory_that_was_written_page_by_page_is_in_huge_pages_again_before_a_save(
+    memory: GuestMemory,
+) -> None:
+    pages = np.frombuffer(memory.blocks[0].view, np.uint8).reshape(PAGES, PAGE_SIZE)
+    pages[:] = 1
+    huge = _in_huge_pages(memory)
+    if huge < memory.blocks[0].size:
+        pytest.skip("this host has no huge pages for us")
+    tracking = KernelTracking(memory)
+    pages[::100] = 2
+    assert _in_huge_pages(memory) < huge
+    fold(memory, tracking, lambda work: work())
+    assert _in_huge_pages(memory) == huge
+    tracking.close()
 
 
 def test_a_load_is_a_ground_and_nothing_before_it_counts(memory: GuestMemory) -> None:

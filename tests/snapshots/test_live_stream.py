@@ -4,6 +4,7 @@ for every reader."""
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ from qcow2.scenes import content_of
 from snapshots.hosts import Register, new_image, new_machine, opened, qemu_img_check
 from stillframe.block.node import Node, SnapshotInfo
 from stillframe.block.qcow2.node import Qcow2Node
-from stillframe.events import Event
 from stillframe.machine.machine import Machine
 from stillframe.machine.tracking import HashTracking, track
 from stillframe.snapshots import selection
@@ -33,14 +33,10 @@ SIZES = {"ram": 24 << 20, "rom": 64 << 10}
 
 
 class Copier(Register):
-    """A device that copies all memory and the disk when its state is taken: a stop-and-copy of the instant of the save.
-
-    From then on until the machine runs again nobody changes them.
-    """
+    """A device that copies all memory and the disk when its state is taken: a stop-and-copy of the instant of the save."""
 
     def __init__(self) -> None:
         super().__init__(value=1)
-        self.still = threading.Lock()
         self.machine: Machine | None = None
         self.copy: dict[str, bytes] = {}
         self.node: Node | None = None
@@ -48,15 +44,10 @@ class Copier(Register):
 
     def save_state(self) -> Values:
         assert self.machine is not None
-        self.still.acquire()
         self.copy = {block.name: bytes(block.view) for block in self.machine.memory}
         if self.node is not None:
             self.disk = self.node.read(0, self.node.size)
         return super().save_state()
-
-    def heard(self, event: Event) -> None:
-        if event.name == "RESUME" and self.still.locked():
-            self.still.release()
 
 
 @pytest.fixture
@@ -68,15 +59,13 @@ def copier() -> Copier:
 def machine(copier: Copier) -> Machine:
     made = new_machine(copier, memory=SIZES, running=True)
     copier.machine = made
-    made.events.subscribe(copier.heard)
     return made
 
 
 @contextmanager
-def guest_that_writes(
-    machine: Machine, still: threading.Lock, width: int, disk: Node | None = None
-) -> Iterator[Callable[[], int]]:
-    """Pages are filled, and cleared, by another thread, also while a save writes, and the disk is written to and discarded.
+def guest_that_writes(machine: Machine, width: int, disk: Node | None = None) -> Iterator[Callable[[], int]]:
+    """Pages are filled, and cleared, by another thread that owns the machine for it, also while a save writes, and the disk is
+    written to and discarded.
 
     :param width: pages it keeps to.
 
@@ -89,15 +78,19 @@ def guest_that_writes(
     def write() -> None:
         nonlocal changed
         pages = np.frombuffer(machine.memory.blocks[0].view, np.uint8).reshape(-1, PAGE_SIZE)
+
+        def change(chosen: "np.typing.NDArray[np.int64]", content: "np.typing.NDArray[np.uint8]") -> None:
+            pages[chosen] = content
+            if disk is not None:
+                change_disk(disk, chance)
+
         while not ended.is_set():
             chosen = chance.integers(0, width, 16)
             content = chance.integers(0, 256, (16, PAGE_SIZE), np.uint8)
             content[::4] = 0
-            with still:
-                pages[chosen] = content
-                if disk is not None:
-                    change_disk(disk, chance)
-                changed += 16
+
+            machine.at_boundary(partial(change, chosen, content))
+            changed += 16
 
     thread = threading.Thread(target=write)
     thread.start()
@@ -178,7 +171,17 @@ def test_a_live_stream_is_the_stop_and_copy_of_its_instant(
     instants: dict[str, dict[str, bytes]] = {}
     disks: dict[str, bytes] = {}
     went_on = disk_went_on = False
-    with opened(path, "state") as node, guest_that_writes(machine, copier.still, width, node) as changes:
+
+    def compare(tag: str) -> None:
+        nonlocal went_on, disk_went_on
+        instants[tag], disks[tag] = copier.copy, copier.disk
+        went_on |= bytes(machine.memory.blocks[0].view) != copier.copy["ram"]
+        disk_went_on |= node.read(0, node.size) != copier.disk
+        # Seen by the snapshot's own tables, while the guest writes on.
+        for name, (disk, _) in content_of(node).snapshots.items():
+            assert disk == disks[name]
+
+    with opened(path, "state") as node, guest_that_writes(machine, width, node) as changes:
         copier.node = node
         for number in range(6):
             before = changes()
@@ -186,13 +189,7 @@ def test_a_live_stream_is_the_stop_and_copy_of_its_instant(
                 assert machine.run_state.value == "running"
             chosen = selection.for_save([selection.snapshot_node(node)], f"s{number}", None)
             save(machine, chosen, Unwatched(), ground=ground)
-            with copier.still:
-                instants[f"s{number}"], disks[f"s{number}"] = copier.copy, copier.disk
-                went_on |= bytes(machine.memory.blocks[0].view) != copier.copy["ram"]
-                disk_went_on |= node.read(0, node.size) != copier.disk
-                # Seen by the snapshot's own tables, while the guest writes on.
-                for tag, (disk, _) in content_of(node).snapshots.items():
-                    assert disk == disks[tag]
+            machine.at_boundary(partial(compare, f"s{number}"))
         assert went_on
         assert disk_went_on
         parents = set()
@@ -221,7 +218,7 @@ def test_a_chain_goes_on_with_another_machine(machine: Machine, copier: Copier, 
     """Saved by one machine, loaded by a second that saves again, loaded by a third: the second save continues the first."""
     path = new_image(tmp_path / "state.qcow2")
     ground = Ground(machine)
-    with opened(path, "state") as node, guest_that_writes(machine, copier.still, 2000) as changes:
+    with opened(path, "state") as node, guest_that_writes(machine, 2000) as changes:
         while changes() < 4000:
             assert machine.run_state.value == "running"
         save(
@@ -234,12 +231,11 @@ def test_a_chain_goes_on_with_another_machine(machine: Machine, copier: Copier, 
     first = copier.copy
     second = new_machine(other := Copier(), memory=SIZES, running=True)
     other.machine = second
-    second.events.subscribe(other.heard)
     its_ground = Ground(second)
     with opened(path, "state") as node:
         nodes = [selection.snapshot_node(node)]
         load(second, selection.for_load(nodes, "a", None), Unwatched(), ground=its_ground)
-        with guest_that_writes(second, other.still, 200) as changes:
+        with guest_that_writes(second, 200) as changes:
             while changes() < 100:
                 assert second.run_state.value == "running"
             save(second, selection.for_save(nodes, "b", None), Unwatched(), ground=its_ground)

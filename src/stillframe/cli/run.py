@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 _BUNDLED = Path("bundled")
 _READY = b"ready\n"
 _READY_FD = "STILLFRAME_READY_FD"
+_SWITCH_SECONDS = 0.0002
+"""How long a thread that computes may keep another from the interpreter. The guest's own thread needs it for every trap, and
+waited for up to Python's 5 ms while a job or a monitor computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +196,7 @@ def run(
         return _detach([word for word in sys.argv[1:] if word != "--detach"])
     if not options.addresses:
         click.echo("stillframe: this machine has no monitor; --name or --qmp would give it one", err=True)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     return asyncio.run(_serve(options))
 
 

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from stillframe.errors import IOFailed
 from stillframe.machine.child import fork_child, wait_for_child
-from stillframe.machine.memory import PAGE_SIZE, MemoryBlock, aligned_mapping
+from stillframe.machine.memory import PAGE_SIZE, MemoryBlock, advise, aligned_mapping
 from stillframe.machine.userfault import (
     FEATURE_WP_ASYNC,
     FEATURE_WP_UNPOPULATED,
@@ -152,12 +152,12 @@ class ArrivingMemory:
         hears, self._control = os.pipe()
         try:
             for block in self._blocks:
-                _advise(block, _DONTFORK)
+                advise(block.host_address, block.size, _DONTFORK)
             try:
                 self._pid = self._fork(parts, file, hears, told)
             finally:
                 for block in self._blocks:
-                    _advise(block, _DOFORK)
+                    advise(block.host_address, block.size, _DOFORK)
         finally:
             os.close(told)
             os.close(hears)
@@ -371,11 +371,3 @@ class _Server:
         follows = around == first + _STEP * np.arange(len(around))
         count = len(around) if follows.all() else int(follows.argmin())
         self._put(first, address, count)
-
-
-def _advise(block: MemoryBlock, advice: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    if libc.madvise(block.host_address, block.size, advice):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))

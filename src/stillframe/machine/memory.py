@@ -13,13 +13,15 @@ stale, and `before_write` hears of every range before it changes.
 import contextlib
 import ctypes
 import mmap
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 PAGE_SIZE = 4096
 
-_HUGE_PAGE = 2 << 20
+HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE = 14
+_MADV_COLLAPSE = 25
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,12 +57,30 @@ def aligned_mapping(size: int) -> tuple[mmap.mmap, int, int]:
     """
     mapping = mmap.mmap(
         -1,
-        size + _HUGE_PAGE,
+        size + HUGE_PAGE,
         flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000),
     )
     start = ctypes.addressof(ctypes.c_uint8.from_buffer(mapping))
-    offset = -start % _HUGE_PAGE
+    offset = -start % HUGE_PAGE
     return mapping, offset, start + offset
+
+
+def advise(address: int, length: int, advice: int) -> None:
+    """madvise. :param address: of the host. :raise OSError: the kernel does not do it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    if libc.madvise(address, length, advice):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def collapse(address: int) -> bool:
+    """Put the small pages of `HUGE_PAGE` bytes into one huge page; their content stays. :return: whether the host did."""
+    try:
+        advise(address, HUGE_PAGE, _MADV_COLLAPSE)
+    except OSError:
+        return False
+    return True
 
 
 class GuestMemory:

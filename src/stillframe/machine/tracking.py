@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stillframe.machine.frozen import FrozenMemory
-from stillframe.machine.memory import PAGE_SIZE, GuestMemory, MemoryBlock
+from stillframe.machine.memory import HUGE_PAGE, PAGE_SIZE, GuestMemory, MemoryBlock, collapse
 from stillframe.machine.userfault import (
     FEATURE_WP_ASYNC,
     FEATURE_WP_UNPOPULATED,
@@ -76,6 +76,13 @@ class Tracking(ABC):
     @abstractmethod
     def stand_here(self) -> None:
         """The ground is this instant, after a load. Where only a save can tell, all pages count as changed until then."""
+
+    def fold(self, block: MemoryBlock, offset: int) -> bool:
+        """At a boundary: the small pages of `HUGE_PAGE` bytes become one; what has changed stays known.
+
+        :return: whether they did. :raise OSError: and what has changed may not be known.
+        """
+        return collapse(block.host_address + offset)
 
     @abstractmethod
     def close(self) -> None:
@@ -146,6 +153,17 @@ class KernelTracking(Tracking):
     def stand_here(self) -> None:
         self._gather()
         self._changed = self._none()
+
+    def fold(self, block: MemoryBlock, offset: int) -> bool:
+        address = block.host_address + offset
+        first = offset // PAGE_SIZE
+        self._pagemap.mark_written(self._changed[block.name][first : first + HUGE_PAGE // PAGE_SIZE], address)
+        # The kernel puts no pages together that are protected.
+        self._faults.unprotect(address, HUGE_PAGE)
+        try:
+            return super().fold(block, offset)
+        finally:
+            self._pagemap.take_written(address, HUGE_PAGE)
 
     def close(self) -> None:
         self._faults.close()

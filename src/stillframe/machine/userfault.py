@@ -27,6 +27,7 @@ _REGISTER = 0xC020AA00
 _WAKE = 0x8010AA02
 _COPY = 0xC028AA03
 _ZEROPAGE = 0xC020AA04
+_WRITE_PROTECT = 0xC018AA06
 _PAGEMAP_SCAN = 0xC0606610
 _COPY_WRITE_PROTECTED = 2
 _EVENT_PAGEFAULT = 0x12
@@ -38,7 +39,8 @@ FEATURE_WP_ASYNC = 1 << 15
 
 MODE_MISSING, MODE_WRITE_PROTECT = 1, 2
 
-_PAGE_IS_WRITTEN, _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED, _PAGE_IS_ZERO = 1 << 1, 1 << 3, 1 << 4, 1 << 5
+_PAGE_IS_WRITTEN, _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED = 1 << 1, 1 << 3, 1 << 4
+_PAGE_IS_ZERO, _PAGE_IS_HUGE = 1 << 5, 1 << 6
 _SCAN_WRITE_PROTECT, _SCAN_CHECK_ASYNC = 1, 2
 _RANGES_AT_ONCE = 4096
 
@@ -93,6 +95,10 @@ class Userfaultfd:
     def register(self, start: int, length: int, mode: int) -> None:
         """Watch a range of whole pages. :raise OSError: somebody does already, or it is not ours."""
         fcntl.ioctl(self.fd, _REGISTER, bytearray(struct.pack("=QQQQ", start, length, mode, 0)))
+
+    def unprotect(self, start: int, length: int) -> None:
+        """Let whole pages of a watched range be written without a note of it, until `Pagemap.take_written`."""
+        fcntl.ioctl(self.fd, _WRITE_PROTECT, bytearray(struct.pack("=QQQ", start, length, 0)))
 
     def faults(self) -> list[int]:
         """The addresses that threads wait for, each for a missing page; empty if none does now."""
@@ -197,20 +203,28 @@ class Pagemap:
         :param filled: leave out what is still zero because nothing was ever put there.
         :raise OSError: the kernel knows no such question (before Linux 6.7).
         """
+        return self._scan(
+            start,
+            length,
+            flags=_SCAN_WRITE_PROTECT | _SCAN_CHECK_ASYNC,
+            category_inverted=_PAGE_IS_ZERO if filled else 0,
+            category_mask=_PAGE_IS_WRITTEN | (_PAGE_IS_ZERO if filled else 0),
+            category_anyof_mask=_PAGE_IS_PRESENT | _PAGE_IS_SWAPPED if filled else 0,
+            return_mask=_PAGE_IS_WRITTEN,
+        )
+
+    def _scan(self, start: int, length: int, **how: int) -> Ranges:
+        """:param how: the kernel's fields of that name."""
         end = start + length
         parts: list[Ranges] = []
         while start < end:
             asked = _ScanArguments(
                 size=ctypes.sizeof(_ScanArguments),
-                flags=_SCAN_WRITE_PROTECT | _SCAN_CHECK_ASYNC,
                 start=start,
                 end=end,
                 vec=ctypes.addressof(self._found),
                 vec_len=_RANGES_AT_ONCE,
-                category_inverted=_PAGE_IS_ZERO if filled else 0,
-                category_mask=_PAGE_IS_WRITTEN | (_PAGE_IS_ZERO if filled else 0),
-                category_anyof_mask=_PAGE_IS_PRESENT | _PAGE_IS_SWAPPED if filled else 0,
-                return_mask=_PAGE_IS_WRITTEN,
+                **how,
             )
             count = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, asked)
             found = np.frombuffer(memoryview(self._found).cast("B"), np.uint64, 3 * count)
@@ -220,13 +234,30 @@ class Pagemap:
 
     def mark_written(self, flags: npt.NDArray[np.bool_], start: int, *, filled: bool = False) -> None:
         """`take_written` of as many pages as there are flags: each that was written gets its flag, no flag goes."""
-        ranges = self.take_written(start, len(flags) * _PAGE, filled=filled)
-        pages = ((ranges - np.uint64(start)) // np.uint64(_PAGE)).astype(np.int64)
-        for first, end in pages.tolist():
-            flags[first:end] = True
+        _mark(flags, start, self.take_written(start, len(flags) * _PAGE, filled=filled))
+
+    def mark_small(self, flags: npt.NDArray[np.bool_], start: int) -> None:
+        """Each page that has memory of its own and is no part of a huge one gets its flag. :raise OSError: as `take_written`."""
+        found = self._scan(
+            start,
+            len(flags) * _PAGE,
+            category_inverted=_PAGE_IS_HUGE | _PAGE_IS_ZERO,
+            category_mask=_PAGE_IS_PRESENT | _PAGE_IS_HUGE | _PAGE_IS_ZERO,
+            return_mask=_PAGE_IS_PRESENT,
+        )
+        _mark(flags, start, found)
 
     def close(self) -> None:
         """Ask no more; a second time, nothing."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _mark(flags: npt.NDArray[np.bool_], start: int, ranges: Ranges) -> None:
+    """:param flags: one a page from `start` on, which is all that the ranges may hold."""
+    pages = ((ranges - np.uint64(start)) // np.uint64(_PAGE)).astype(np.int64)
+    edges = np.zeros(len(flags) + 1, np.int8)
+    edges[pages[:, 0]] += 1
+    edges[pages[:, 1]] -= 1
+    flags |= np.cumsum(edges[:-1], dtype=np.int8) != 0

@@ -7,13 +7,15 @@ Whether it can is asked anew each time (`Ground.base`); where it cannot, a whole
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from uuid import UUID
 
 from stillframe.block.node import PageIndexPlace, SnapshotInfo
 from stillframe.errors import Corrupt, StillframeError, io_failed
+from stillframe.machine.folding import fold
 from stillframe.machine.machine import Machine
 from stillframe.machine.memory import GuestMemory
 from stillframe.machine.tracking import Changes, TakenPages, Tracking, track
@@ -57,17 +59,33 @@ class Ground:
         self._lifted: Changes | None = None
         self.snapshot: UUID | None = None
 
+    def prepare(self) -> None:
+        """Before the pause of a save, and for its shortness: changes are counted, and memory is in huge pages.
+
+        :raise IOFailed: as `take`.
+        """
+        with self._known():
+            fold(self._machine.memory, self._watched(), self._machine.at_boundary)
+
+    def _watched(self) -> Tracking:
+        if self._tracking is None:
+            # Until now nobody watched: this is the first instant that changes can be counted from.
+            self.snapshot = None
+            self._tracking = self._track(self._machine.memory)
+        return self._tracking
+
     def take(self) -> Changes:
         """Held: what has changed; given back to `stand` or `put_back`. What changes from here on is counted apart.
 
         :raise IOFailed: the host does not tell; the machine stands on nothing from here on.
         """
-        if self._tracking is None:
-            # Until now nobody watched: this is the first instant that changes can be counted from.
-            self.snapshot = None
-            self._tracking = self._track(self._machine.memory)
+        with self._known():
+            return self._watched().take()
+
+    @contextmanager
+    def _known(self) -> Iterator[None]:
         try:
-            return self._tracking.take()
+            yield
         except BaseException as error:
             # What was found and not told is lost: the machine stands on nothing that is known.
             self.close()

@@ -71,6 +71,7 @@ def save(
         frozen_memory(machine.memory) as memory,
         ExitStack() as undo,
     ):
+        ground.prepare()
         parent = ground.snapshot
         with machine.hold(RunState.SAVE_VM):
             instant = _take(machine, run_state)

@@ -1,0 +1,76 @@
+"""Guest memory put back into huge pages, before a fork has to copy what maps each small one.
+
+The kernel maps a huge page as 512 small ones as soon as one of them is written that is protected (tracking.py) or kept for a save
+(frozen.py), and pages that came one by one (arriving.py) are small from the start. A fork copies an entry for each, and the guest
+stands still for it. So while the guest still runs its pages are put together again, some at each boundary. On a shared host of two
+cores, memory that was written all over:
+
+    memory     a fork, small pages     huge pages    putting together, all of it    the longest of 2 MiB
+    192 MiB    4.5 ms                  0.75 ms       27 ms                          5 ms (median 0.17)
+    800 MiB    13 ms                   0.96 ms       76 ms                          5 ms (median 0.17)
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from stillframe.machine.memory import HUGE_PAGE, PAGE_SIZE, GuestMemory, MemoryBlock
+from stillframe.machine.tracking import Tracking
+from stillframe.machine.userfault import Pagemap
+
+_log = logging.getLogger(__name__)
+
+_AT_LEAST = HUGE_PAGE // PAGE_SIZE // 2
+"""Small pages that have to be there: a huge page takes the memory of all 512."""
+_AT_ONCE = 0.001
+"""Seconds of one boundary."""
+_TOO_LONG = 0.02
+"""Seconds for one huge page: a host that needs as long has none to spare, and is asked no more."""
+
+
+def fold(memory: GuestMemory, tracking: Tracking, at_boundary: Callable[[Callable[[], bool]], bool]) -> None:
+    """Make the next fork cheap; a host without huge pages, or without any left, leaves all as it is.
+
+    :param tracking: what watches `memory`; it forgets nothing. :param at_boundary: calls while the guest stands still.
+    :raise OSError: from `tracking`; what has changed may not be known.
+    """
+    try:
+        pagemap = Pagemap()
+    except OSError:
+        return
+    try:
+        for block in memory:
+            try:
+                starts = _scattered(block, pagemap)
+            except OSError as error:
+                _log.info("Memory stays in small pages: %s", error.strerror)
+                return
+            while starts:
+                if not at_boundary(partial(_some, block, starts, tracking)):
+                    return
+    finally:
+        pagemap.close()
+
+
+def _scattered(block: MemoryBlock, pagemap: Pagemap) -> list[int]:
+    """Offsets in a block at which a huge page is worth its while."""
+    whole = block.size - block.size % HUGE_PAGE
+    small = np.zeros(whole // PAGE_SIZE, np.bool_)
+    pagemap.mark_small(small, block.host_address)
+    counts = small.reshape(-1, HUGE_PAGE // PAGE_SIZE).sum(axis=1)
+    return [int(number) * HUGE_PAGE for number in np.flatnonzero(counts >= _AT_LEAST)]
+
+
+def _some(block: MemoryBlock, starts: list[int], tracking: Tracking) -> bool:
+    """At a boundary: as many as there is time for. :return: whether to go on."""
+    begun = before = time.monotonic()
+    while starts and before - begun < _AT_ONCE:
+        done = tracking.fold(block, starts.pop())
+        after = time.monotonic()
+        if not done or after - before > _TOO_LONG:
+            return False
+        before = after
+    return True
