@@ -150,6 +150,18 @@ def test_a_load_is_a_ground_and_nothing_before_it_counts(memory: GuestMemory) ->
     tracking.close()
 
 
+def test_what_a_rewind_has_looked_at_still_counts_as_changed(memory: GuestMemory) -> None:
+    tracking = KernelTracking(memory)
+    tracking.stand_here()
+    put(memory, 9)
+    assert np.flatnonzero(tracking.changed()["ram"]).tolist() == [9]
+    put(memory, 9)
+    put(memory, 12)
+    assert np.flatnonzero(tracking.changed()["ram"]).tolist() == [9, 12]
+    assert found_by(tracking, memory)[1]["ram"] == [9, 12]
+    tracking.close()
+
+
 def test_hashes_without_a_ground_find_every_page_changed(memory: GuestMemory) -> None:
     tracking = HashTracking()
     assert found_by(tracking, memory)[1]["ram"] == list(range(PAGES))

@@ -284,7 +284,13 @@ class Client:
         """The job as it concluded; it is dismissed then."""
         last = JobState(life.id, life.command, "created", 0, 1, None)
         try:
-            while (job := await self._job(life.id)) is not None:
+            while True:
+                # Not wait_for: before Python 3.12 it can swallow a cancellation.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_POLL_SECONDS):
+                        await life.end_told()
+                if (job := await self._job(life.id)) is None:
+                    break
                 last = job
                 if progress is not None:
                     progress(job.done, job.total)
@@ -292,10 +298,6 @@ class Client:
                     life.concluded = job
                     await self._dismiss(life)
                     return job
-                # Not wait_for: before Python 3.12 it can swallow a cancellation.
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(_POLL_SECONDS):
-                        await life.change()
         except Disconnected as error:
             life.hear()
             if not life.ended_well:

@@ -83,9 +83,13 @@ class JobLife:
         for message in self._listener.clear():
             self._take(message)
 
-    async def change(self) -> None:
-        """Wait for the next event; cancelling the task ends the wait."""
-        self._take(await self._listener.get())
+    async def end_told(self) -> None:
+        """Wait until an event tells the end of the job, or of the machine; cancelling the task ends the wait.
+
+        To ask after each event would be in the job's way.
+        """
+        while not self.machine_ended and not self._statuses & {"concluded", "null"}:
+            self._take(await self._listener.get())
 
     def _take(self, message: Any) -> None:
         if message["event"] == "SHUTDOWN":

@@ -39,7 +39,9 @@ from stillframe.machine.userfault import (
 _BATCH = 1024
 """Pages of a step of the fill; 4 MiB."""
 _RUN = 256
-"""Pages that are read, and put in place, at once."""
+"""Pages that are put in place between two looks at who waits for one."""
+_GAP = 32 << 10
+"""Bytes between two runs of pages that are read along rather than asked for apart."""
 _AHEAD = 4
 """Batches that the server may do before it is told to go on."""
 _FAULT_AROUND = 16
@@ -277,6 +279,14 @@ def _runs(parts: Sequence[tuple[int, Offsets]]) -> _Runs:
     return every[np.argsort(every[:, 0], kind="stable")]
 
 
+def _near(runs: _Runs) -> int:
+    """How many of these, from the first on, lie in one piece of the stream that is worth reading at once."""
+    ends = runs[:, 0] + (runs[:, 2] - 1) * _STEP + PAGE_SIZE
+    far = (ends - runs[0, 0] > _RUN * _STEP) | (np.cumsum(runs[:, 2]) > _RUN)
+    far[1:] |= runs[1:, 0] - ends[:-1] > _GAP
+    return int(far.argmax()) if far.any() else len(runs)
+
+
 class _Server:
     """The child's work. It takes no lock that the parent may have held."""
 
@@ -297,9 +307,11 @@ class _Server:
 
     def serve(self) -> None:
         """Until the parent ends it, or a page cannot be had."""
+        # Before anybody waits for a page: it takes up to tens of milliseconds.
+        runs = _runs(self._parts)
         self._tell(_READY, 0, 0)
         try:
-            self._serve(_runs(self._parts))
+            self._serve(runs)
         except OSError as error:
             self._tell(_FAILED, error.errno or errno.EIO, 0)
             poll = select.poll()
@@ -337,22 +349,32 @@ class _Server:
     def _batch(self, runs: _Runs) -> int:
         """Some runs. :return: how many it were."""
         pages = done = 0
-        for offset, address, count in runs.tolist():
-            self._put(offset, address, count)
+        while done < len(runs) and pages < _BATCH:
+            near = runs[done : done + _near(runs[done : done + _RUN])]
+            self._put(near)
             for waiting in self._faults.faults():
                 self._fault(waiting & -PAGE_SIZE)
-            pages += count
-            done += 1
-            if pages >= _BATCH:
-                break
+            pages += int(near[:, 2].sum())
+            done += len(near)
         self._tell(_CAME, 0, pages)
         return done
 
-    def _put(self, offset: int, address: int, count: int) -> None:
-        raw = self._raw[: (count - 1) * _STEP + PAGE_SIZE]
-        self._file.readinto(offset, raw)
-        self._pages[:count] = np.ndarray((count, PAGE_SIZE), np.uint8, self._raw, 0, (_STEP, 1))
-        self._faults.fill(address, self._address, count * PAGE_SIZE)
+    def _put(self, runs: _Runs) -> None:
+        """Runs that lie in one piece of the stream: read at once, copied together, put in place one by one."""
+        offsets, counts = runs[:, 0], runs[:, 2]
+        start, total = int(offsets[0]), int(counts.sum())
+        raw = self._raw[: int(offsets[-1] - start + (counts[-1] - 1) * _STEP) + PAGE_SIZE]
+        self._file.readinto(start, raw)
+        if len(runs) == 1:
+            self._pages[:total] = np.ndarray((total, PAGE_SIZE), np.uint8, raw, 0, (_STEP, 1))
+        else:
+            within = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+            view = np.lib.stride_tricks.sliding_window_view(np.frombuffer(raw, np.uint8), PAGE_SIZE)
+            self._pages[:total] = view[np.repeat(offsets - start, counts) + within * _STEP]
+        source = self._address
+        for _, address, count in runs.tolist():
+            self._faults.fill(address, source, count * PAGE_SIZE)
+            source += count * PAGE_SIZE
 
     def _fault(self, address: int) -> None:
         for start, offsets in self._parts:
@@ -370,4 +392,4 @@ class _Server:
         around = offsets[page : page + _FAULT_AROUND]
         follows = around == first + _STEP * np.arange(len(around))
         count = len(around) if follows.all() else int(follows.argmin())
-        self._put(first, address, count)
+        self._put(np.array([[first, address, count]]))

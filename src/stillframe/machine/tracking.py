@@ -67,6 +67,13 @@ class Tracking(ABC):
     @abstractmethod
     def take(self) -> Changes: ...
 
+    def changed(self) -> Mapping[str, npt.NDArray[np.bool_]]:
+        """At a boundary: what has changed since the ground, one flag a page; it still counts as changed.
+
+        :raise RuntimeError: where only reading the memory can tell.
+        """
+        raise RuntimeError("What has changed is known only to a save")
+
     @abstractmethod
     def stand(self, changes: Changes) -> None: ...
 
@@ -141,6 +148,11 @@ class KernelTracking(Tracking):
         self._gather()
         taken, self._changed = self._changed, self._none()
         return TakenPages(taken)
+
+    def changed(self) -> Mapping[str, npt.NDArray[np.bool_]]:
+        for block in self._blocks:
+            self._pagemap.see_written(self._changed[block.name], block.host_address)
+        return self._changed
 
     def stand(self, changes: Changes) -> None:
         """What was counted apart since `take` is what has changed since the new ground."""

@@ -236,6 +236,17 @@ class Pagemap:
         """`take_written` of as many pages as there are flags: each that was written gets its flag, no flag goes."""
         _mark(flags, start, self.take_written(start, len(flags) * _PAGE, filled=filled))
 
+    def see_written(self, flags: npt.NDArray[np.bool_], start: int) -> None:
+        """`mark_written`, but what was written stays so: the next one finds it again."""
+        found = self._scan(
+            start,
+            len(flags) * _PAGE,
+            flags=_SCAN_CHECK_ASYNC,
+            category_mask=_PAGE_IS_WRITTEN,
+            return_mask=_PAGE_IS_WRITTEN,
+        )
+        _mark(flags, start, found)
+
     def mark_small(self, flags: npt.NDArray[np.bool_], start: int) -> None:
         """Each page that has memory of its own and is no part of a huge one gets its flag. :raise OSError: as `take_written`."""
         found = self._scan(

@@ -82,6 +82,11 @@ class Ground:
         with self._known():
             return self._watched().take()
 
+    def changed(self) -> Flags:
+        """Held, after `nearby` has found a way: the pages that changed, which goes on counting them. :raise IOFailed: as `take`."""
+        with self._known():
+            return self.tracking.changed()
+
     @contextmanager
     def _known(self) -> Iterator[None]:
         try:

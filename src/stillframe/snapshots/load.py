@@ -80,12 +80,10 @@ def _exchange(
 ) -> None:
     """From the pause to the resume."""
     state = selection.state.snapshot
-    with ExitStack() as undo, machine.hold(RunState.RESTORE_VM):
+    with machine.hold(RunState.RESTORE_VM):
         if isinstance(memory, NearbyMemory) and ground is not None:
-            changes = ground.take()
-            undo.callback(ground.put_back, changes)
             with _explained():
-                memory.stage(changes.flags or {})
+                memory.stage(ground.changed())
         with _undo_point(machine, memory) as exchange:
             with all_or_none(
                 _reverts(selection), before_commit=context.point_of_no_return, kind=GroupKind.LOAD
@@ -94,7 +92,6 @@ def _exchange(
                 with _explained():
                     for device in machine.devices:
                         device.load_state(values[_key(device)])
-        undo.pop_all()
         machine.memory_is_whole()
         if ground is not None and not isinstance(memory, LazyMemory):
             index = memory.index if isinstance(memory, NearbyMemory) else None

@@ -22,6 +22,8 @@ CACHE_BYTES = 64 << 20
 _GAP = 32 << 10
 """Bytes between two pages of a stream that are read along rather than asked for apart."""
 _READ_AT_ONCE = 4 << 20
+_BATCH = 256
+"""Pages that are exchanged at once: a mebibyte, which the processor's cache holds."""
 _FLUSHED_BEYOND = 64
 """Runs of pages after which all translated code is given up, instead of that of each run."""
 
@@ -114,19 +116,18 @@ class NearbyMemory:
 
     def exchange(self) -> None:
         """Held: the machine gets these pages, and this gets the machine's. Done twice, all is as before."""
-        done: list[int] = []
+        room: Pages = np.empty((_BATCH, PAGE_SIZE), np.uint8)
+        done: list[tuple[Pages, Addresses, Pages]] = []
         try:
-            for number, (block, numbers, pages) in enumerate(self._staged):
+            for block, numbers, pages in self._staged:
                 guest: Pages = np.frombuffer(block.view, np.uint8).reshape(-1, PAGE_SIZE)
-                old = guest[numbers]
-                # Both copies exist before the first byte changes.
-                guest[numbers] = pages
-                self._staged[number] = (block, numbers, old)
-                done.append(number)
+                for start in range(0, len(numbers), _BATCH):
+                    here = slice(start, start + _BATCH)
+                    _exchange(guest, numbers[here], pages[here], room)
+                    done.append((guest, numbers[here], pages[here]))
         except BaseException:
-            for number in done:
-                block, numbers, old = self._staged[number]
-                np.frombuffer(block.view, np.uint8).reshape(-1, PAGE_SIZE)[numbers] = old
+            for batch in done:
+                _exchange(*batch, room)
             raise
         finally:
             self._invalidate()
@@ -142,6 +143,14 @@ class NearbyMemory:
                 runs.append((block.base + int(part[0]) * PAGE_SIZE, len(part) * PAGE_SIZE))
         for address, length in runs:
             self._memory.invalidate(address, length)
+
+
+def _exchange(guest: Pages, numbers: Addresses, pages: Pages, room: Pages) -> None:
+    """These pages of the guest's with those; takes no memory. :param room: for at least as many."""
+    old = room[: len(numbers)]
+    np.take(guest, numbers, axis=0, out=old, mode="clip")
+    guest[numbers] = pages
+    pages[:] = old
 
 
 def read_pages(read: Callable[[int, int], bytes], offsets: Offsets) -> Pages:
