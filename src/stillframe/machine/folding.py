@@ -25,16 +25,24 @@ _log = logging.getLogger(__name__)
 
 _AT_LEAST = HUGE_PAGE // PAGE_SIZE // 2
 """Small pages that have to be there: a huge page takes the memory of all 512."""
+CHEAP_PAGES = 64 << 10
+"""Small pages that a fork copies in 4 ms: a guest with no more is left in peace, and its save is not made longer."""
 _AT_ONCE = 0.001
 """Seconds of one boundary."""
 _TOO_LONG = 0.02
 """Seconds for one huge page: a host that needs as long has none to spare, and is asked no more."""
 
 
-def fold(memory: GuestMemory, tracking: Tracking, at_boundary: Callable[[Callable[[], bool]], bool]) -> None:
+def fold(
+    memory: GuestMemory,
+    tracking: Tracking,
+    at_boundary: Callable[[Callable[[], bool]], bool],
+    cheap: int = CHEAP_PAGES,
+) -> None:
     """Make the next fork cheap; a host without huge pages, or without any left, leaves all as it is.
 
     :param tracking: what watches `memory`; it forgets nothing. :param at_boundary: calls while the guest stands still.
+    :param cheap: small pages up to which nothing is done.
     :raise OSError: from `tracking`; what has changed may not be known.
     """
     try:
@@ -42,12 +50,14 @@ def fold(memory: GuestMemory, tracking: Tracking, at_boundary: Callable[[Callabl
     except OSError:
         return
     try:
-        for block in memory:
-            try:
-                starts = _scattered(block, pagemap)
-            except OSError as error:
-                _log.info("Memory stays in small pages: %s", error.strerror)
-                return
+        try:
+            found = [(block, *_scattered(block, pagemap)) for block in memory]
+        except OSError as error:
+            _log.info("Memory stays in small pages: %s", error.strerror)
+            return
+        if sum(count for _, _, count in found) <= cheap:
+            return
+        for block, starts, _ in found:
             while starts:
                 if not at_boundary(partial(_some, block, starts, tracking)):
                     return
@@ -55,13 +65,14 @@ def fold(memory: GuestMemory, tracking: Tracking, at_boundary: Callable[[Callabl
         pagemap.close()
 
 
-def _scattered(block: MemoryBlock, pagemap: Pagemap) -> list[int]:
-    """Offsets in a block at which a huge page is worth its while."""
+def _scattered(block: MemoryBlock, pagemap: Pagemap) -> tuple[list[int], int]:
+    """Offsets in a block at which a huge page is worth its while, and how many small ones they would replace."""
     whole = block.size - block.size % HUGE_PAGE
     small = np.zeros(whole // PAGE_SIZE, np.bool_)
     pagemap.mark_small(small, block.host_address)
     counts = small.reshape(-1, HUGE_PAGE // PAGE_SIZE).sum(axis=1)
-    return [int(number) * HUGE_PAGE for number in np.flatnonzero(counts >= _AT_LEAST)]
+    worth = np.flatnonzero(counts >= _AT_LEAST)
+    return (worth * HUGE_PAGE).tolist(), int(counts[worth].sum())
 
 
 def _some(block: MemoryBlock, starts: list[int], tracking: Tracking) -> bool:
