@@ -12,12 +12,11 @@ memory, "dirtying" one that rewrites 50 MB/s. First saves write the whole state:
 new processes, in which a small guest runs; QEMU 7.2's guest has no heartbeats after a load (docs/guest.md).
 
 What is counted in bytes, and rewinds, are measured in this process, with a machine without a processor; rewinds again over QMP,
-with a guest that rewrites 500 pages a beat, two beats each time, and checks itself.
+with a guest that rewrites 500 pages a beat, two beats each time, and checks itself. live/during.py says what else is looked at.
 """
 
 import argparse
 import asyncio
-import itertools
 import json
 import os
 import platform
@@ -26,23 +25,35 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 # In the place of this folder, where a module has the name of one of the tests' packages.
 sys.path[0] = str(ROOT / "tests")
+sys.path.append(str(ROOT / "bench" / "live"))
 
+import during  # noqa: E402
 import numpy as np  # noqa: E402
+from guests import (  # noqa: E402
+    DIRTYING,
+    DISK,
+    OURS,
+    SIZES,
+    THEIRS,
+    Guest,
+    Row,
+    at_most,
+    gap_limit,
+    guest,
+    share_of_theirs,
+)
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from peers import peer  # noqa: E402
-from running import STILLFRAME  # noqa: E402
 from snapshots.hosts import Register, new_image, new_machine, opened  # noqa: E402
 from stillframe.client import Client  # noqa: E402
 from stillframe.snapshots import selection  # noqa: E402
@@ -51,149 +62,9 @@ from stillframe.snapshots.ground import Ground  # noqa: E402
 from stillframe.snapshots.load import load  # noqa: E402
 from stillframe.snapshots.save import save  # noqa: E402
 from stillframe.vmstate.ram import PAGE_SIZE  # noqa: E402
-from storm import WatchedConsole  # noqa: E402
 
-OURS, THEIRS = "stillframe", "QEMU 7.2"
-SIZES = {256: 192, 1024: 800}
-"""MiB of memory: MiB that are filled."""
-DISK = 64 << 20
 REWOUND_PAGES = 1000
-_NORMAL_SECONDS = 1.5
 _PATIENCE = 120.0
-_GUEST = ROOT / "src" / "stillframe" / "data" / "guest.elf"
-_DIRTYING = 128
-"""Pages a beat, 100 beats a second: 52 MB/s."""
-
-Result = TypeVar("Result")
-
-
-@dataclass(slots=True)
-class Row:
-    """One line of the table; figures are one a round.
-
-    :param unit: "ms", "MB" or "×". :param bar: what ours may be at most: see `limit`. :param normal: ours without a snapshot.
-    """
-
-    work: str
-    unit: str
-    bar: str = ""
-    ours: list[float] = field(default_factory=list)
-    theirs: list[float] = field(default_factory=list)
-    normal: list[float] = field(default_factory=list)
-    limit: Callable[["Row"], float] | None = None
-
-    @property
-    def is_met(self) -> bool | None:
-        """Whether the median is."""
-        return None if self.limit is None else statistics.median(self.ours) <= self.limit(self)
-
-    @property
-    def ratio(self) -> float | None:
-        """Ours to theirs, by medians."""
-        return statistics.median(self.ours) / statistics.median(self.theirs) if self.theirs else None
-
-
-def _theirs(factor: float) -> Callable[[Row], float]:
-    return lambda row: factor * statistics.median(row.theirs)
-
-
-def _gap(row: Row) -> float:
-    return max(20.0 + statistics.median(row.normal), statistics.median(row.theirs) / 50)
-
-
-def _at_most(value: float) -> Callable[[Row], float]:
-    return lambda row: value
-
-
-# A guest in a process of its own, ours or theirs.
-
-
-class Guest:
-    """The bundled guest, with its console watched and its monitor at hand."""
-
-    def __init__(self, process: "subprocess.Popen[bytes]", console: WatchedConsole, qmp: Path) -> None:
-        self._process = process
-        self.console = console
-        self._qmp = qmp
-
-    def talk(self, conversation: Callable[[Client], Awaitable[Result]]) -> Result:
-        """One conversation with the monitor."""
-
-        async def work() -> Result:
-            async with Client(f"unix:{self._qmp}") as client:
-                return await asyncio.wait_for(conversation(client), _PATIENCE)
-
-        return asyncio.run(work())
-
-    def timed(self, conversation: Callable[[Client], Awaitable[object]]) -> tuple[float, float]:
-        """When it began and ended, in monotonic seconds; the connection was there before."""
-
-        async def work(client: Client) -> tuple[float, float]:
-            begun = time.monotonic()
-            await conversation(client)
-            return begun, time.monotonic()
-
-        return self.talk(work)
-
-    def longest_gap(self, begun: float, ended: float) -> float:
-        """Milliseconds between beats, from the last before `begun` to the third behind `ended`."""
-        deadline = time.monotonic() + _PATIENCE
-        while sum(at > ended for at in self.console.arrivals[-10:]) < 3:
-            if time.monotonic() > deadline:
-                raise SystemExit("the guest's heartbeat has stopped")
-            time.sleep(0.005)
-        arrivals = list(self.console.arrivals)
-        first = max(0, sum(at <= begun for at in arrivals) - 1)
-        last = sum(at <= ended for at in arrivals) + 3
-        here = arrivals[first:last]
-        return 1000 * max(after - before for before, after in itertools.pairwise(here))
-
-    def normal_gap(self) -> float:
-        """The longest while nothing is done."""
-        begun = time.monotonic()
-        time.sleep(_NORMAL_SECONDS)
-        return self.longest_gap(begun, time.monotonic())
-
-
-@contextmanager
-def guest(side: str, directory: Path, image: Path, memory: int, append: str) -> Iterator[Guest]:
-    """:param memory: MiB."""
-    directory.mkdir()
-    qmp, serial = directory / "qmp", directory / "console"
-    node = f"node-name=root,discard=unmap,file.driver=file,file.filename={image},file.discard=unmap"
-    if side == OURS:
-        words = [*STILLFRAME, "run", "--memory", f"{memory}M", "--kernel", "bundled", "--append", append]
-        words += ["--qmp", f"unix:{qmp}", "--console", f"unix:{serial}"]
-        words += ["--blockdev", f"driver=qcow2,{node}", "--device", "virtio-blk,drive=root"]
-    else:
-        words = [peer("qemu-system-riscv64"), "-machine", "virt", "-m", str(memory), "-display", "none"]
-        words += ["-global", "virtio-mmio.force-legacy=false", "-device", "virtio-rng-device"]
-        words += ["-qmp", f"unix:{qmp},server=on,wait=off", "-serial", f"unix:{serial},server=on,wait=on"]
-        words += ["-kernel", str(_GUEST), "-append", append]
-        words += ["-blockdev", f"qcow2,{node}", "-device", "virtio-blk-device,drive=root"]
-    with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    try:
-        console = _connected(process, serial, directory / "log")
-        try:
-            console.until(r"^ready;")
-            yield Guest(process, console, qmp)
-        finally:
-            console.close()
-    finally:
-        process.kill()
-        process.wait(_PATIENCE)
-
-
-def _connected(process: "subprocess.Popen[bytes]", serial: Path, log: Path) -> WatchedConsole:
-    deadline = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            return WatchedConsole(serial)
-        except OSError:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the guest did not start: {log.read_text()}") from None
-            time.sleep(0.01)
 
 
 # Beside QEMU.
@@ -204,21 +75,21 @@ def beside_rows(memory: int) -> dict[str, Row]:
     size = f"{memory} MiB"
     gap_bar = "≤ 20 ms over normal, or 1/50 of QEMU's"
     return {
-        "gap idle": Row(f"longest heartbeat gap in a save, {size}, idle", "ms", gap_bar, limit=_gap),
+        "gap idle": Row(f"longest heartbeat gap in a save, {size}, idle", "ms", gap_bar, limit=gap_limit),
         "gap dirtying": Row(
-            f"longest heartbeat gap in a save, {size}, dirtying 50 MB/s", "ms", gap_bar, limit=_gap
+            f"longest heartbeat gap in a save, {size}, dirtying 50 MB/s", "ms", gap_bar, limit=gap_limit
         ),
-        "save idle": Row(f"first save, {size}, idle", "ms", "≤ 1.2 × QEMU's", limit=_theirs(1.2)),
-        "save dirtying": Row(f"first save, {size}, dirtying 50 MB/s", "ms", "≤ 1.2 × QEMU's", limit=_theirs(1.2)),
+        "save idle": Row(f"first save, {size}, idle", "ms", "≤ 1.2 × QEMU's", limit=share_of_theirs(1.2)),
+        "save dirtying": Row(f"first save, {size}, dirtying 50 MB/s", "ms", "≤ 1.2 × QEMU's", limit=share_of_theirs(1.2)),
         "running": Row(
             f"load until the guest runs, {size}",
             "ms",
             "≤ 100 ms, ≤ 1/10 of QEMU's",
-            limit=lambda row: min(100.0, _theirs(0.1)(row)),
+            limit=lambda row: min(100.0, share_of_theirs(0.1)(row)),
         ),
         "heartbeat": Row(f"load until the first heartbeat, {size}", "ms"),
-        "resident": Row(f"load until all is in memory, {size}", "ms", "≤ 1.2 × QEMU's", limit=_theirs(1.2)),
-        "delete": Row(f"delete, blocks given back, {size}", "ms", "≤ 1.2 × QEMU's", limit=_theirs(1.2)),
+        "resident": Row(f"load until all is in memory, {size}", "ms", "≤ 1.2 × QEMU's", limit=share_of_theirs(1.2)),
+        "delete": Row(f"delete, blocks given back, {size}", "ms", "≤ 1.2 × QEMU's", limit=share_of_theirs(1.2)),
     }  # fmt: skip
 
 
@@ -229,7 +100,7 @@ def one_side(side: str, memory: int, directory: Path) -> tuple[dict[str, float],
     image = new_image(directory / "root.qcow2", DISK)
     append = f"mb={SIZES[memory]} dirty=16 period=10"
     with guest(side, directory / "saved", image, memory, append) as machine:
-        for state, commands in (("idle", ("hold",)), ("dirtying", ("go", f"dirty {_DIRTYING}"))):
+        for state, commands in (("idle", ("hold",)), ("dirtying", ("go", f"dirty {DIRTYING}"))):
             for command in commands:
                 machine.console.command(command)
             normal[f"gap {state}"] = machine.normal_gap()
@@ -319,10 +190,10 @@ def _written() -> int:
 def in_bytes() -> list[Row]:
     """What saves write and take."""
     again = Row(
-        "written by a save after 2 % of pages changed, of the first's", "%", "≤ 4 %", limit=_at_most(4.0)
+        "written by a save after 2 % of pages changed, of the first's", "%", "≤ 4 %", limit=at_most(4.0)
     )
     ten = Row(
-        "ten snapshots, 5 % changed between: image, of one snapshot's", "×", "≤ 1.65", limit=_at_most(1.65)
+        "ten snapshots, 5 % changed between: image, of one snapshot's", "×", "≤ 1.65", limit=at_most(1.65)
     )
     for row, changed, count in ((again, 0.02, 2), (ten, 0.05, 10)):
         with tempfile.TemporaryDirectory(prefix="stillframe-bench-") as directory:
@@ -388,7 +259,7 @@ def rewinds(count: int) -> list[Row]:
 
 def _rewind_rows(what: str, times: list[float]) -> list[Row]:
     times.sort()
-    median = Row(f"{what}: median", "ms", "≤ 10 ms", ours=[statistics.median(times)], limit=_at_most(10.0))
+    median = Row(f"{what}: median", "ms", "≤ 10 ms", ours=[statistics.median(times)], limit=at_most(10.0))
     return [median, Row(f"{what}: 99 %", "ms", ours=[times[int(0.99 * (len(times) - 1))]])]
 
 
@@ -396,6 +267,8 @@ def rewinds_with_guest(count: int) -> list[Row]:
     """Over QMP; the guest says which beat comes next, and checks itself."""
     memory, filled = min(SIZES.items())
     times: list[float] = []
+    held: list[float] = []
+    tenth = max(1, count // 10)
     with tempfile.TemporaryDirectory(prefix="stillframe-bench-") as directory:
         image = new_image(Path(directory) / "root.qcow2", DISK)
         append = f"mb={filled} dirty={REWOUND_PAGES // 2} period=10"
@@ -404,7 +277,9 @@ def rewinds_with_guest(count: int) -> list[Row]:
 
             async def work(client: Client) -> None:
                 await client.save("s", vmstate="root", devices=["root"])
-                for _ in range(count):
+                for number in range(count):
+                    if number in (tenth, count - 1):
+                        held.append(during.resident(machine))
                     # Each rewrites half of them.
                     await asyncio.to_thread(console.beats_after, console.position, 2)
                     begun = time.monotonic()
@@ -419,7 +294,13 @@ def rewinds_with_guest(count: int) -> list[Row]:
             wrong = [beat for beat in console.beats if beat[2]]
             if " bad=0 " not in said or wrong:
                 raise SystemExit(f"{wrong[:3]}; after the rewinds the guest says {said!r}")
-    return _rewind_rows(f"rewind, {REWOUND_PAGES:,} pages, over QMP, the guest verifies", times)
+    slower = statistics.median(times[-tenth:]) / statistics.median(times[:tenth])
+    what = f"rewind, {REWOUND_PAGES:,} pages, over QMP, the guest verifies"
+    return [
+        *_rewind_rows(what, times),
+        Row(f"{what}: the last tenth of {count:,}, of the first", "×", ours=[slower]),
+        Row(f"{what}: memory taken since the first tenth", "MB", ours=[held[-1] - held[0]]),
+    ]
 
 
 # The command.
@@ -468,8 +349,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3, help="how often each side runs (default: 3)")
+    parser.add_argument("--rewinds", type=int, default=1000, help="in process (default: 1000)")
     parser.add_argument(
-        "--rewinds", type=int, default=1000, help="in process; a fifth of it with the guest (default: 1000)"
+        "--guest-rewinds", type=int, default=200, help="over QMP, each verified by the guest (default: 200)"
     )
     parser.add_argument(
         "--memory",
@@ -478,13 +360,13 @@ def main() -> None:
         choices=sorted(SIZES),
         help="MiB; again for more (default: all)",
     )
-    parser.add_argument("--only", choices=("beside", "bytes", "rewinds"), help="a part of it")
+    parser.add_argument("--only", choices=("beside", "during", "bytes", "rewinds"), help="a part of it")
     parser.add_argument(
         "--json", type=Path, metavar="PATH", help="write all figures there, too; - for the output"
     )
     asked = parser.parse_args()
-    if asked.rounds < 1 or asked.rewinds < 5:
-        parser.error("--rounds takes a number from 1 on, --rewinds from 5 on")
+    if min(asked.rounds, asked.rewinds, asked.guest_rewinds) < 1:
+        parser.error("--rounds, --rewinds and --guest-rewinds take numbers from 1 on")
 
     def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -493,12 +375,14 @@ def main() -> None:
     if asked.only in (None, "beside"):
         for memory in asked.memory or sorted(SIZES):
             rows += beside(memory, asked.rounds, progress)
+    if asked.only in (None, "during"):
+        rows += during.rows(asked.rounds, progress)
     if asked.only in (None, "bytes"):
         progress("bytes")
         rows += in_bytes()
     if asked.only in (None, "rewinds"):
         progress("rewinds")
-        rows += rewinds(asked.rewinds) + rewinds_with_guest(asked.rewinds // 5)
+        rows += rewinds(asked.rewinds) + rewinds_with_guest(asked.guest_rewinds)
     found = report(rows, asked.rounds)
     if asked.json == Path("-"):
         print(json.dumps(found, indent=2))
