@@ -391,7 +391,7 @@ def skip_unless_lazy(host: Host, tag: str) -> None:
     state = selection.snapshot_node(host.nodes[-1])
     snapshot = state.named(tag)
     assert snapshot is not None
-    memory = lazy_memory(host.machine, selection.Found(state, snapshot), host.ground)
+    memory, _ = lazy_memory(host.machine, selection.Found(state, snapshot), host.ground)
     if memory is None:
         pytest.skip("this host has no userfaultfd that tracks writes")
     memory.close()
