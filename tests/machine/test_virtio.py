@@ -248,6 +248,21 @@ def test_write_without_room_stops_the_guest_and_is_made_again() -> None:
         ]
 
 
+def test_disk_gets_nothing_from_memory_that_has_not_come() -> None:
+    """What the server of a load brings no more reads as zeroes: they must not reach a disk that no load brings back."""
+    with bench() as b:
+        b.node.write(0, b"kept" * 128)
+        b.memory.is_whole = lambda: False
+        b.request(WRITE, data=bytes(512))
+        b.request(DISCARD, data=struct.pack("<QII", 0, 1, 0), slot=1)
+        b.blk.drain()
+        assert (b.node.read(0, 512), b.driver.used) == (b"kept" * 128, [])
+        b.memory.is_whole = lambda: True
+        b.blk.resumed()
+        b.blk.drain()
+        assert len(b.driver.used) == 2
+
+
 def test_parked_request_survives_into_a_fresh_device() -> None:
     with bench() as b, bench() as fresh:
         b.node.fail["write"] = errno.ENOSPC

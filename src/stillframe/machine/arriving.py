@@ -226,6 +226,16 @@ class ArrivingMemory:
             with contextlib.suppress(BrokenPipeError):
                 os.write(self._control, b"\0")
 
+    @property
+    def serves(self) -> bool:
+        """Whether the server lives: then all that was read until now was there, or has come from it."""
+        if self._pid <= 0:
+            return False
+        try:
+            return os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        except ChildProcessError:
+            return False
+
     def finish(self) -> Flags:
         """At a boundary, after `fill`: watch no more. :return: the pages that were written since `empty`."""
         flags: dict[str, npt.NDArray[np.bool_]] = {}

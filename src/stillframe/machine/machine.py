@@ -283,9 +283,13 @@ class Machine:
         if self._memory_lost is not None:
             raise Refused(self._memory_lost, remedy="Load a snapshot, or reset the machine.")
 
-    def memory_is_whole(self) -> None:
-        """Held, by a load: all memory is defined again."""
+    def memory_is_whole(self, still: Callable[[], bool] = lambda: True) -> None:
+        """Held, by a load: all memory is defined again.
+
+        :param still: of memory that is to come: whether it still can. Devices ask before they act on what they have read.
+        """
         self._memory_lost = None
+        self.memory.is_whole = still
 
     def reset(self) -> None:
         """Press the reset button: power-on state, the run state stays. A hold is waited for."""
@@ -388,7 +392,7 @@ class Machine:
         for device in self.devices:
             device.reset()
         self.board.power_on()
-        self._memory_lost = None
+        self.memory_is_whole()
         if self._run_state.needs_reset:
             self._run_state = RunState.PRELAUNCH
         self.events.emit("RESET", guest=guest, reason=reason)

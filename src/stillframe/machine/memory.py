@@ -90,6 +90,8 @@ class GuestMemory:
         self.blocks = blocks
         self.before_write: Callable[[MemoryBlock, int, int], None] | None = None
         """Called with block, offset and length before a device changes RAM; write tracking hangs here."""
+        self.is_whole: Callable[[], bool] = lambda: True
+        """Whether what was read until now is what the memory holds; not, where memory that is still to come can come no more."""
         self.invalidate: Callable[[int, int], None] = lambda address, length: None
         """Set by the engine: translated code of this guest-physical range is stale."""
         self.invalidate_all: Callable[[], None] = lambda: None

@@ -121,12 +121,17 @@ class LazyMemory:
             raise
         self._machine.at_boundary(lambda: self._settle(identity))
 
+    def still_comes(self) -> bool:
+        """Whether pages that are read, and are not there, still come. From any thread."""
+        return self._arriving.serves
+
     def _drain(self) -> None:
         for device in self._machine.devices:
             device.drain()
 
     def _settle(self, identity: UUID | None) -> None:
         """At a boundary, with all memory there: the machine stands on the snapshot."""
+        self._machine.memory_is_whole()
         try:
             changed = self._arriving.finish()
         except OSError as error:

@@ -92,7 +92,10 @@ def _exchange(
                 with _explained():
                     for device in machine.devices:
                         device.load_state(values[_key(device)])
-        machine.memory_is_whole()
+        if isinstance(memory, LazyMemory):
+            machine.memory_is_whole(memory.still_comes)
+        else:
+            machine.memory_is_whole()
         if ground is not None and not isinstance(memory, LazyMemory):
             index = memory.index if isinstance(memory, NearbyMemory) else None
             ground.stand_here(state.lineage.snapshot if state.lineage else None, index)

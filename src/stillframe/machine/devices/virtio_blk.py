@@ -134,6 +134,7 @@ class VirtioBlk(VirtioDevice):
         self.section_name = f"virtio-blk/{device_id}"
         self.node = node
         self.device_id = device_id
+        self._memory = memory
         self._serial = serial.encode()[:ID_LENGTH].ljust(ID_LENGTH, b"\0")
         self._policy = policy
         self._mailbox = mailbox
@@ -192,6 +193,11 @@ class VirtioBlk(VirtioDevice):
     def _submit(self, chain: Chain) -> None:
         request = self._parse(chain)
         if request is None:
+            return
+        if not self._memory.is_whole():
+            # Zeroes may stand for what has not come: no disk gets them. The guest is being stopped for good.
+            self._parked.append(request.head)
+            self._stopping = True
             return
         self._in_flight += 1
         self._weight += request.weight
