@@ -134,7 +134,8 @@ def test_a_snapshot_is_served_as_it_was_and_stays_as_long_as_it_is(tmp_path: Pat
         (snapshot,) = store.snapshots()
         with pytest.raises(InUse):
             store.prepare_delete(snapshot)
-        exports.remove("s")
+        # Its client has ended; that it has, the server may not have noticed yet.
+        exports.remove("s", hard=True)
         change = store.prepare_delete(snapshot)
         change.commit()
         change.finish()

@@ -17,7 +17,7 @@ from fuzzing.targets import IMAGES, TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = bool(os.environ.get("STILLFRAME_LONG"))
-UNITS = {"": 1, "Mi": 1 << 20, "MiB": 1 << 20, "GiB": 1 << 30}
+UNITS = {"": 1, "s": 1, "KiB": 1 << 10, "Mi": 1 << 20, "MiB": 1 << 20, "GiB": 1 << 30}
 
 pytestmark = pytest.mark.timeout(1800 if LONG else 120)
 

@@ -135,13 +135,13 @@ def test_memory_that_was_written_page_by_page_is_in_huge_pages_again_before_a_sa
         pytest.skip("this host has no huge pages for us")
     tracking = KernelTracking(memory)
     pages[::100] = 2
-    assert _in_huge_pages(memory) < huge
+    assert _in_huge_pages(memory) < memory.blocks[0].size
     for _ in range(50):
         # A busy host takes its time, and is asked again at the next save.
         fold(memory, tracking, lambda work: work(), cheap=0)
-        if _in_huge_pages(memory) == huge:
+        if _in_huge_pages(memory) >= memory.blocks[0].size:
             break
-    assert _in_huge_pages(memory) == huge
+    assert _in_huge_pages(memory) >= memory.blocks[0].size
     tracking.close()
 
 
