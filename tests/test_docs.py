@@ -19,6 +19,7 @@ from stillframe.block.options import parse_options
 from stillframe.cli import control, qmp, snapshot
 from stillframe.cli.main import cli
 from stillframe.cli.run_options import monitor_addresses, parse_console, parse_device, parse_memory
+from stillframe.machine.engines.qemu.command_line import drive_of, refuse_words
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "stillframe"
@@ -113,7 +114,11 @@ def test_every_command_line_that_is_shown_is_understood(
             parse_memory(options["memory"])
             console = parse_console(options["console"] or "none")
             monitor_addresses(None, options["addresses"], console)
-            drives = {parse_device(text).options["drive"] for text in options["devices"]}
+            if options["engine"] == "qemu":
+                refuse_words(options["words"])
+                drives = {drive_of(text) for text in options["devices"]} - {None}
+            else:
+                drives = {parse_device(text).options["drive"] for text in options["devices"]}
             nodes = {parse_options(text).node_name for text in options["blockdevs"]}
             assert drives <= nodes
 

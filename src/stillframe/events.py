@@ -47,7 +47,11 @@ class EventBus:
 
     def emit(self, name: str, **data: Any) -> None:
         """Tell everybody. Keyword names with `_` stand for QMP's `-`, as `node_name` for `node-name`."""
+        self.tell(lambda: Event(name, {key.replace("_", "-"): value for key, value in data.items()}))
+
+    def tell(self, made: Callable[[], Event]) -> None:
+        """Tell everybody of an event that is made in its turn, or was made elsewhere."""
         with self._lock:
-            event = Event(name, {key.replace("_", "-"): value for key, value in data.items()})
+            event = made()
             for listener in self._listeners:
                 listener(event)

@@ -159,6 +159,17 @@ class GuestProcess:
             self._unread += data
             self.seen += data
 
+    def drain(self) -> str:
+        """All that the guest has printed by now."""
+        assert self._process.stdout is not None
+        while select.select([self._process.stdout], [], [], 0)[0]:
+            data = os.read(self._process.stdout.fileno(), 65536)
+            if not data:
+                break
+            self._unread += data
+            self.seen += data
+        return self.seen.decode(errors="replace")
+
     def command(self, text: str) -> str:
         """Type a command of a self-checking guest; its closing line, "ok ..." or "error: ..."."""
         self.send(text)

@@ -24,12 +24,13 @@ from stillframe.cli.run_options import (
     parse_memory,
 )
 from stillframe.data import bundled_guest
-from stillframe.errors import InvalidRequest, Unsupported
+from stillframe.errors import InvalidRequest
 from stillframe.monitor.addresses import Address
 
 if TYPE_CHECKING:
     from stillframe.block.graph import BlockGraph
-    from stillframe.machine.build import MachineConfig
+    from stillframe.events import EventBus
+    from stillframe.machine.build import MachineConfig, QemuConfig, QemuMachine
     from stillframe.machine.console import Console
     from stillframe.machine.machine import Machine
     from stillframe.machine.tracking import HashName
@@ -64,6 +65,10 @@ class RunOptions:
     algorithm: "HashName"
     paused: bool
     keep_after_shutdown: bool
+    engine: str
+    qemu: str
+    devices_as_given: tuple[str, ...]
+    words: tuple[str, ...]
 
 
 @click.command(
@@ -75,6 +80,16 @@ EXAMPLES
   stillframe run --name box --detach --console log:box.log --kernel Image
   stillframe run --name box --kernel Image --hash blake3
   stillframe run --machine none --qmp stdio --blockdev '{"driver": "null-co", "node-name": "n"}'
+  stillframe run --engine qemu --machine q35 --name box --memory 1G \\
+      --blockdev driver=qcow2,node-name=root,file.driver=file,file.filename=root.qcow2 \\
+      --device virtio-blk-pci,drive=root -- -accel kvm -cpu host -nic user
+
+\b
+ENGINES
+  unicorn     riscv64 guests, in this process
+  qemu        any guest of a QEMU of yours, 7.2 or newer: it runs the processors and devices, its
+              disks are our nodes. --machine and --device are QEMU's own words then, and so is
+              everything behind `--`.
 
 \b
 CONSOLE
@@ -93,10 +108,17 @@ SIGTERM and SIGINT end the machine as `quit` does: jobs are cancelled and waited
 consistent. A second one ends it at once."""
 )
 @click.option("--name", metavar="NAME", help="What the machine is called; other commands find it by this.")
-@click.option("--engine", default="unicorn", show_default=True, help="What runs the guest's instructions.")
 @click.option(
-    "--machine", "board", default="virt", show_default=True, help="The board: virt, or none for nodes alone."
+    "--engine",
+    type=click.Choice(["unicorn", "qemu"]),
+    default="unicorn",
+    show_default=True,
+    help="What runs the guest's instructions.",
 )
+@click.option(
+    "--qemu", default="qemu-system-x86_64", show_default=True, metavar="PROGRAM", help="Which QEMU it is."
+)
+@click.option("--machine", "board", help="The board: virt (the default), or none for nodes alone; or QEMU's.")
 @click.option("--memory", default="128M", show_default=True, metavar="SIZE", help="The guest's memory.")
 @click.option(
     "--kernel",
@@ -137,10 +159,12 @@ consistent. A second one ends it at once."""
 @click.option("--paused", is_flag=True, help="Wait for `cont` before the first instruction.")
 @click.option("--no-shutdown", is_flag=True, help="Stay when the guest powers itself off.")
 @click.option("--detach", is_flag=True, help="Go on in the background once the machine runs.")
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
 def run(
     name: str | None,
     engine: str,
-    board: str,
+    qemu: str,
+    board: str | None,
     memory: str,
     kernel: Path | None,
     initrd: Path | None,
@@ -157,22 +181,25 @@ def run(
     paused: bool,
     no_shutdown: bool,
     detach: bool,
+    words: tuple[str, ...],
 ) -> int:
     """Run a machine."""
-    if engine != "unicorn":
-        raise Unsupported(f"There is no engine '{engine}'", remedy="Choose unicorn.")
+    if words and engine != "qemu":
+        raise InvalidRequest(
+            f"'{' '.join(words)}' is for a QEMU, and the engine is {engine}", remedy="Add --engine qemu."
+        )
     standard = "none" if detach or "stdio" in addresses else "stdio"
     console_options = parse_console(console or standard)
     options = RunOptions(
         name=name,
-        board=board,
+        board=board or ("" if engine == "qemu" else "virt"),
         memory=parse_memory(memory),
         kernel=bundled_guest() if kernel == _BUNDLED else kernel,
         initrd=initrd,
         append=append,
         bios=bios,
         blockdevs=blockdevs,
-        devices=tuple(parse_device(text) for text in devices),
+        devices=() if engine == "qemu" else tuple(parse_device(text) for text in devices),
         flash=flash,
         addresses=tuple(monitor_addresses(name, addresses, console_options)),
         allow_local_users=allow_local_users,
@@ -181,6 +208,10 @@ def run(
         algorithm=algorithm,
         paused=paused,
         keep_after_shutdown=no_shutdown,
+        engine=engine,
+        qemu=qemu,
+        devices_as_given=devices,
+        words=words,
     )
     if detach:
         if "stdio" in (console_options.kind, *addresses):
@@ -237,7 +268,6 @@ async def _serve(options: RunOptions) -> int:
     from stillframe.block.options import parse_options
     from stillframe.events import EventBus
     from stillframe.jobs import Jobs
-    from stillframe.machine.build import build_machine
     from stillframe.monitor.host import Host
     from stillframe.monitor.server import MonitorServer
 
@@ -263,7 +293,7 @@ async def _serve(options: RunOptions) -> int:
             graph.blockdev_add(parse_options(text))
         _recover(graph)
         console = stack.enter_context(_console(options.console, end))
-        machine = build_machine(_machine_config(options, graph, console), events)
+        machine = _built(options, graph, console, events)
         stack.callback(machine.close)
         host = Host(machine, graph, Jobs(events), events, options.algorithm)
         server = MonitorServer(host)
@@ -276,7 +306,50 @@ async def _serve(options: RunOptions) -> int:
         finally:
             await asyncio.to_thread(host.end, "host-signal")
             await server.close()
+    if machine.failure is not None:
+        click.echo(f"stillframe: {machine.failure}", err=True)
+        return EXIT_FAILED
     return 0
+
+
+def _built(
+    options: RunOptions, graph: "BlockGraph", console: "Console", events: "EventBus"
+) -> "Machine | QemuMachine":
+    """The machine, not yet started. :raise Refused: its words do not fit."""
+    from stillframe.machine.build import build_machine, build_qemu_machine
+
+    if options.engine == "qemu":
+        return build_qemu_machine(_qemu_config(options, graph, console), events)
+    return build_machine(_machine_config(options, graph, console), events)
+
+
+def _qemu_config(options: RunOptions, graph: "BlockGraph", console: "Console") -> "QemuConfig":
+    from stillframe.machine.build import QemuConfig, drive_of, refuse_words
+
+    refuse_words(options.words)
+    users = [(drive_of(text), f"device {number}") for number, text in enumerate(options.devices_as_given)]
+    users += [(name, f"flash {number}") for number, name in enumerate(options.flash)]
+    nodes = []
+    for name, user in users:
+        if name is not None:
+            node = graph.find(name)
+            graph.use(node, user, writable=not node.read_only)
+            nodes.append(node)
+    return QemuConfig(
+        name=options.name,
+        program=options.qemu,
+        machine_type=options.board or None,
+        memory_size=options.memory,
+        kernel=options.kernel,
+        initrd=options.initrd,
+        append=options.append,
+        bios=options.bios,
+        devices=options.devices_as_given,
+        nodes=tuple(nodes),
+        flash=options.flash,
+        words=options.words,
+        console=None if options.console.kind == "none" else console,
+    )
 
 
 def _recover(graph: "BlockGraph") -> None:
@@ -292,7 +365,9 @@ def _recover(graph: "BlockGraph") -> None:
     refuse_withheld(snapshot_nodes(graph.nodes()), found)
 
 
-async def _until_over(machine: "Machine", server: "MonitorServer", ended: asyncio.Event) -> None:
+async def _until_over(
+    machine: "Machine | QemuMachine", server: "MonitorServer", ended: asyncio.Event
+) -> None:
     """Wait for a signal, Ctrl-A x, a client's `quit`, or the guest's own end."""
 
     def watch() -> None:

@@ -12,6 +12,8 @@ from stillframe.machine.clock import VirtualClock
 from stillframe.machine.console import Console
 from stillframe.machine.engines import Engine, EnvironmentCall
 from stillframe.machine.engines.none import NoEngine
+from stillframe.machine.engines.qemu.command_line import QemuConfig, drive_of, refuse_words
+from stillframe.machine.engines.qemu.machine import QemuMachine
 from stillframe.machine.machine import Machine
 from stillframe.machine.mailbox import Mailbox
 from stillframe.machine.memory import GuestMemory
@@ -161,3 +163,23 @@ def build_machine(config: MachineConfig, events: EventBus) -> Machine:
             f"There is no board '{config.board}'", remedy=f"Choose one of: {', '.join(sorted(_BUILDERS))}."
         )
     return builder(config, events)
+
+
+def build_qemu_machine(config: QemuConfig, events: EventBus) -> QemuMachine:
+    """A machine whose guest a QEMU runs; that is started by `start`.
+
+    :raise InvalidRequest: the words do not fit each other. :raise Refused: there is no place for its sockets.
+    """
+    return QemuMachine(config, events)
+
+
+__all__ = [
+    "DriveConfig",
+    "MachineConfig",
+    "QemuConfig",
+    "QemuMachine",
+    "build_machine",
+    "build_qemu_machine",
+    "drive_of",
+    "refuse_words",
+]

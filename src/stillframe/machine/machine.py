@@ -125,6 +125,11 @@ class Machine:
     # What it is
 
     @property
+    def other_monitor(self) -> None:
+        """Nobody else runs its guest."""
+        return None
+
+    @property
     def devices(self) -> tuple[Device, ...]:
         """Everything with a section of its own, in the order of saving and loading."""
         return (self.clock, *self.engine.devices, *self.board.devices)
@@ -150,6 +155,10 @@ class Machine:
             renew = getattr(device, "new_generation_id", None)
             if renew is not None:
                 self.at_boundary(renew)
+
+    @property
+    def failure(self) -> None:
+        """It never ends without having been asked to, by its guest at least."""
 
     # Ownership
 
@@ -208,6 +217,14 @@ class Machine:
         """
         with self._owned():
             return fn()
+
+    def at_instant(self, fn: Callable[[], None]) -> int:
+        """`at_boundary`, with none of the guest's requests in flight. :return: the virtual clock, nanoseconds."""
+        with self._owned():
+            for device in self.devices:
+                device.drain()
+            fn()
+            return self.clock.ns
 
     # Run states
 

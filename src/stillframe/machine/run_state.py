@@ -14,6 +14,10 @@ class RunState(StrEnum):
     IO_ERROR = "io-error"
     SHUTDOWN = "shutdown"
     INTERNAL_ERROR = "internal-error"
+    SUSPENDED = "suspended"
+    WATCHDOG = "watchdog"
+    GUEST_PANICKED = "guest-panicked"
+    DEBUG = "debug"
 
     @property
     def needs_reset(self) -> bool:

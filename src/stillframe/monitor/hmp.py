@@ -59,7 +59,7 @@ def run(host: Host, line: str) -> str:
         commands, prefix, name, rest = INFO, "info ", sub, after
     command = commands.get(name)
     if command is None:
-        return f"unknown command: '{prefix}{name}'\r\n"
+        return _passed(host, line) or f"unknown command: '{prefix}{name}'\r\n"
     try:
         words = _words(command, rest)
     except _BadWords as error:
@@ -68,6 +68,14 @@ def run(host: Host, line: str) -> str:
         return command.action(host, words)
     except StillframeError as error:
         return f"Error: {error}\r\n"
+
+
+def _passed(host: Host, line: str) -> str | None:
+    """What whoever runs the guest prints, where that is not us."""
+    other = host.machine.other_monitor
+    if other is None or line.split()[0].startswith("migrate"):
+        return None
+    return str(other.execute("human-monitor-command", {"command-line": line}))
 
 
 def _first(line: str) -> tuple[str, str]:

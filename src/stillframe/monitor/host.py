@@ -7,6 +7,7 @@ from stillframe.block.export.exports import NodeExports
 from stillframe.block.graph import BlockGraph
 from stillframe.events import EventBus
 from stillframe.jobs import Jobs
+from stillframe.machine.control import StreamedMachine
 from stillframe.machine.machine import Machine
 from stillframe.machine.tracking import HashName
 from stillframe.snapshots.machine_snapshots import MachineSnapshots
@@ -22,7 +23,7 @@ class Host:
     :ivar exports: the nodes that are served to other processes.
     """
 
-    machine: Machine
+    machine: Machine | StreamedMachine
     graph: BlockGraph
     jobs: Jobs
     events: EventBus
@@ -32,8 +33,8 @@ class Host:
     _over: threading.Event = field(default_factory=threading.Event, init=False)
 
     def __post_init__(self) -> None:
-        self.snapshots = MachineSnapshots(self.machine, self.graph, self.algorithm)
         self.exports = NodeExports(self.graph, self.events)
+        self.snapshots = MachineSnapshots(self.machine, self.graph, self.algorithm, self.exports.drained)
 
     @property
     def name(self) -> str | None:

@@ -151,6 +151,9 @@ class Session:
         if isinstance(message, JSONError):
             raise message
         name, arguments = _request(message)
+        other = self._host.machine.other_monitor
+        if self._negotiated and other is not None and name not in COMMANDS:
+            return await self._run_blocking(lambda: other.execute(name, arguments))
         command = self._find(name)
         given = check_arguments(command.arguments, arguments) if command.checked else arguments
         first = self if command.of_session else self._host

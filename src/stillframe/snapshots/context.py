@@ -1,7 +1,7 @@
 """What a snapshot operation is given by whoever runs it: a job's context, or one that nobody watches."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from stillframe.errors import StillframeError
@@ -31,6 +31,10 @@ class Context(Protocol):
     def point_of_no_return(self) -> None:
         """The last checkpoint: what follows is done to its end. :raise Cancelled: somebody asked before."""
         ...
+
+
+AtRest = Callable[[], AbstractContextManager[object]]
+"""A block in which others than the guest, such as an export's clients, change no disk either."""
 
 
 class Unwatched:

@@ -202,23 +202,34 @@ class Ground:
 
     def base(self, node: SnapshotNode, blocks: Sequence[RamBlock]) -> tuple[Base | None, str]:
         """The snapshot on `node` whose stream a save of these blocks of memory can continue; else why there is none."""
-        if self.snapshot is None:
-            return None, "the machine stands on no snapshot whose pages are known"
-        parent = next((s for s in node.store.snapshots() if _identity(s) == self.snapshot), None)
-        if parent is None or parent.lineage is None:
-            return None, f"node '{node.name}' does not have the snapshot that the machine stands on"
-        place = parent.lineage.page_index
-        if place is None:
-            return None, f"snapshot '{parent.name}' has no page index"
-        if place.ram_size != sum(block.length for block in blocks):
-            return None, f"snapshot '{parent.name}' is of another size of memory"
-        try:
-            index = self._index_of(node, parent, place, blocks)
-        except StillframeError as error:
-            return None, f"the page index of snapshot '{parent.name}' cannot be used: {error.message}"
-        if index.record_bytes - index.live_bytes > STALE_AT_MOST * index.record_bytes:
-            return None, f"more than half of the records in the state of '{parent.name}' are out of force"
-        return Base(parent, index, place.stream), ""
+        return find_base(node, self.snapshot, blocks, self._index_of)
+
+
+ReadIndex = Callable[[SnapshotNode, SnapshotInfo, PageIndexPlace, Sequence[RamBlock]], PageIndex]
+"""As `read_page_index`, which it may remember."""
+
+
+def find_base(
+    node: SnapshotNode, standing: UUID | None, blocks: Sequence[RamBlock], read_index: ReadIndex
+) -> tuple[Base | None, str]:
+    """The snapshot that a machine stands on, if its stream can be continued. :return: it, or None and why not."""
+    if standing is None:
+        return None, "the machine stands on no snapshot whose pages are known"
+    parent = next((s for s in node.store.snapshots() if _identity(s) == standing), None)
+    if parent is None or parent.lineage is None:
+        return None, f"node '{node.name}' does not have the snapshot that the machine stands on"
+    place = parent.lineage.page_index
+    if place is None:
+        return None, f"snapshot '{parent.name}' has no page index"
+    if place.ram_size != sum(block.length for block in blocks):
+        return None, f"snapshot '{parent.name}' is of another size of memory"
+    try:
+        index = read_index(node, parent, place, blocks)
+    except StillframeError as error:
+        return None, f"the page index of snapshot '{parent.name}' cannot be used: {error.message}"
+    if index.record_bytes - index.live_bytes > STALE_AT_MOST * index.record_bytes:
+        return None, f"more than half of the records in the state of '{parent.name}' are out of force"
+    return Base(parent, index, place.stream), ""
 
 
 def read_page_index(

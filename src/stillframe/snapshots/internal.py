@@ -7,7 +7,8 @@ from uuid import uuid4
 from stillframe.block.graph import BlockGraph
 from stillframe.block.node import GroupMember, Lineage, Node, SnapshotInfo, SnapshotRecord
 from stillframe.errors import AlreadyExists, InvalidRequest, NotFound, Refused, Unsupported
-from stillframe.machine.machine import Machine
+from stillframe.machine.control import MachineControl
+from stillframe.snapshots.context import AtRest
 from stillframe.snapshots.group import Step, all_or_none, frozen_nodes
 from stillframe.snapshots.selection import SnapshotNode, check_tag
 
@@ -23,7 +24,7 @@ def _root(graph: BlockGraph, node: Node) -> SnapshotNode:
     return SnapshotNode(node, store)
 
 
-def create(machine: Machine, graph: BlockGraph, node: Node, name: str) -> None:
+def create(machine: MachineControl, graph: BlockGraph, node: Node, name: str, at_rest: AtRest) -> None:
     """Snapshot the content of one node; the guest goes on, its requests wait for the instant alone.
 
     :raise Refused: in QEMU's words; nothing was touched. :raise Failed: storage; nothing has changed.
@@ -43,14 +44,8 @@ def create(machine: Machine, graph: BlockGraph, node: Node, name: str) -> None:
     identity = uuid4()
     lineage = Lineage(identity, None, uuid4(), (GroupMember(node.node_name, identity),))
     with frozen_nodes() as frozen:
-
-        def freeze() -> int:
-            for device in machine.devices:
-                device.drain()
-            frozen.freeze([root])
-            return machine.clock.ns
-
-        vm_clock_ns = machine.at_boundary(freeze)
+        with at_rest():
+            vm_clock_ns = machine.at_instant(lambda: frozen.freeze([root]))
         date_sec, date_nsec = divmod(time.time_ns(), 1_000_000_000)
         record = SnapshotRecord(name, date_sec, date_nsec, vm_clock_ns, lineage=lineage)
         failing = f"Failed to create snapshot '{name}' on device '{node.node_name}'"

@@ -15,14 +15,14 @@ guest goes on.
 
 import errno
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 from stillframe.block.node import GroupKind
 from stillframe.errors import Corrupt, IOFailed, StateMismatch
 from stillframe.machine.devices import Device
 from stillframe.machine.machine import Machine
 from stillframe.machine.run_state import RunState
-from stillframe.snapshots.context import Context, add_left, told
+from stillframe.snapshots.context import AtRest, Context, add_left, told
 from stillframe.snapshots.ground import Ground
 from stillframe.snapshots.group import Step, all_or_none
 from stillframe.snapshots.lazy import LazyMemory, lazy_memory
@@ -45,11 +45,12 @@ def load(
     *,
     ground: Ground | None = None,
     eager: bool = False,
+    at_rest: AtRest = nullcontext,
 ) -> None:
     """Bring the machine and the listed nodes to the snapshot; a guest that ran goes on from there.
 
     :param ground: what the machine stands on, which is this snapshot afterwards; without one, nothing comes later.
-    :param eager: the guest runs only when all of its memory is there.
+    :param eager: the guest runs only when all of its memory is there. :param at_rest: held while the disks are exchanged.
     :raise StateMismatch: the state does not fit this machine: device, section and field are named.
     :raise Corrupt: the state is damaged. :raise Cancelled: in time. :raise Failed: storage.
         After each of these the guest is as it was; but for an `IOFailed` while memory comes (lazy.py), which stops it.
@@ -60,12 +61,12 @@ def load(
     with ExitStack() as stack:
         memory, values = _checked_state(machine, selection.state, context, total, ground, stack, eager=eager)
         context.checkpoint()
-        _exchange(machine, selection, context, memory, values, ground)
+        _exchange(machine, selection, context, memory, values, ground, at_rest)
         if isinstance(memory, LazyMemory):
             # The rest, devices and what is zero, is there already.
             there = total - 1 - memory.bytes_to_come
             context.progress(there, total)
-            with _explained():
+            with explained():
                 memory.fill(context, lambda done: context.progress(there + done, total))
     context.progress(total, total)
 
@@ -77,19 +78,20 @@ def _exchange(
     memory: LazyMemory | NearbyMemory | StagedMemory,
     values: Mapping[SectionKey, Values],
     ground: Ground | None,
+    at_rest: AtRest,
 ) -> None:
     """From the pause to the resume."""
     state = selection.state.snapshot
-    with machine.hold(RunState.RESTORE_VM):
+    with at_rest(), machine.hold(RunState.RESTORE_VM):
         if isinstance(memory, NearbyMemory) and ground is not None:
-            with _explained():
+            with explained():
                 memory.stage(ground.changed())
         with _undo_point(machine, memory) as exchange:
             with all_or_none(
-                _reverts(selection), before_commit=context.point_of_no_return, kind=GroupKind.LOAD
+                reverts(selection), before_commit=context.point_of_no_return, kind=GroupKind.LOAD
             ):
                 exchange()
-                with _explained():
+                with explained():
                     for device in machine.devices:
                         device.load_state(values[_key(device)])
         if isinstance(memory, LazyMemory):
@@ -115,7 +117,7 @@ def _checked_state(
     eager: bool,
 ) -> tuple[LazyMemory | NearbyMemory | StagedMemory, Mapping[SectionKey, Values]]:
     """While the guest runs: what its memory is to become, and each device's values, that it can take."""
-    with _explained():
+    with explained():
         nearby = ground.nearby(found.node, found.snapshot) if ground is not None else None
         if nearby is not None:
             context.chose("memory", "rewind")
@@ -166,7 +168,7 @@ def _undo_point(
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
     """QEMU's words, with the errno in them, before what is wrong; a cancellation has words of its own."""
     try:
         yield
@@ -234,7 +236,7 @@ def _checked(machine: Machine, found: Survey) -> Mapping[SectionKey, Values]:
     return values
 
 
-def _reverts(selection: LoadSelection) -> list[Step]:
+def reverts(selection: LoadSelection) -> list[Step]:
     """The state node's switch comes last, as in a save. A node that is what its snapshot shows has nothing to do."""
     in_order = [found for found in selection.all if found.node is not selection.state.node]
     in_order += [found for found in selection.all if found.node is selection.state.node]

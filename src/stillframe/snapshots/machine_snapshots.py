@@ -8,22 +8,20 @@ removed from the graph.
 import logging
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import datetime
-from functools import partial
 
 from stillframe.block.graph import BlockGraph
 from stillframe.block.node import SnapshotInfo
 from stillframe.errors import NotFound
 from stillframe.jobs import JobQueue
+from stillframe.machine.control import StreamedMachine
 from stillframe.machine.machine import Machine
-from stillframe.machine.tracking import HashName, track
+from stillframe.machine.tracking import HashName
 from stillframe.snapshots import all_nodes, internal, recovery, selection
-from stillframe.snapshots.context import Context, told
+from stillframe.snapshots.context import AtRest, Context, told
 from stillframe.snapshots.delete import delete
-from stillframe.snapshots.ground import Ground
-from stillframe.snapshots.load import load
-from stillframe.snapshots.save import save
+from stillframe.snapshots.keeping import keeping
 from stillframe.snapshots.selection import Found, LoadSelection, SaveSelection, SnapshotNode
 
 _log = logging.getLogger(__name__)
@@ -32,16 +30,23 @@ _log = logging.getLogger(__name__)
 class MachineSnapshots:
     """Every method may block and is called from a data-plane thread.
 
-    :param algorithm: finds changed pages where the kernel does not tell.
+    :param algorithm: finds changed pages where the kernel does not tell. :param at_rest: held for each instant.
     :ivar queue: the turns of the jobs that call these methods.
-    :ivar ground: the snapshot that the machine was last saved to or loaded from.
+    :ivar keeping: how the machine's state is saved and loaded.
     """
 
-    def __init__(self, machine: Machine, graph: BlockGraph, algorithm: HashName = "xxh3") -> None:
+    def __init__(
+        self,
+        machine: Machine | StreamedMachine,
+        graph: BlockGraph,
+        algorithm: HashName = "xxh3",
+        at_rest: AtRest = nullcontext,
+    ) -> None:
         self._machine = machine
         self._graph = graph
         self.queue = JobQueue()
-        self.ground = Ground(machine, partial(track, algorithm=algorithm))
+        self.keeping = keeping(machine, algorithm, at_rest)
+        self._at_rest = at_rest
         self._recovering = threading.Lock()
         self._told: set[str] = set()
 
@@ -131,7 +136,7 @@ class MachineSnapshots:
         self.recover()
         node = self._graph.find(self._node_name(device))
         with self._graph.hold(node, "blockdev-snapshot-internal-sync"):
-            internal.create(self._machine, self._graph, node, name)
+            internal.create(self._machine, self._graph, node, name, self._at_rest)
 
     def delete_internal(self, device: str, *, id: str | None, name: str | None) -> SnapshotInfo:
         """`blockdev-snapshot-delete-internal-sync`. :return: what was deleted."""
@@ -155,11 +160,11 @@ class MachineSnapshots:
 
     def _save(self, context: Context, chosen: SaveSelection) -> None:
         with self._held(chosen.nodes, "snapshot-save"):
-            save(self._machine, chosen, context, ground=self.ground)
+            self.keeping.save(chosen, context)
 
     def _load(self, context: Context, chosen: LoadSelection, *, eager: bool = False) -> None:
         with self._held([found.node for found in chosen.all], "snapshot-load"):
-            load(self._machine, chosen, context, ground=self.ground, eager=eager)
+            self.keeping.load(chosen, context, eager=eager)
 
     def _delete(self, context: Context, found: Sequence[Found]) -> None:
         with self._held([each.node for each in found], "snapshot-delete"):

@@ -11,7 +11,7 @@ there before is touched by 1 to 3, and whatever fails or is cancelled up to the 
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from uuid import UUID, uuid4
@@ -24,7 +24,7 @@ from stillframe.machine.machine import Machine
 from stillframe.machine.memory import PAGE_SIZE
 from stillframe.machine.run_state import RunState
 from stillframe.machine.tracking import Changes
-from stillframe.snapshots.context import Context, told
+from stillframe.snapshots.context import AtRest, Context, told
 from stillframe.snapshots.ground import Base, Ground, page_index_checksum
 from stillframe.snapshots.group import FrozenNodes, all_or_none, frozen_nodes
 from stillframe.snapshots.selection import SaveSelection, SnapshotNode
@@ -39,9 +39,21 @@ class Instant:
     """What of the machine a snapshot shows, besides memory and disks; see `SnapshotRecord` for the times."""
 
     sections: tuple[SectionState, ...]
+    time: "InstantTime"
+
+
+@dataclass(frozen=True, slots=True)
+class InstantTime:
+    """When it was; see `SnapshotRecord`."""
+
     date_sec: int
     date_nsec: int
     vm_clock_ns: int
+
+    @classmethod
+    def now(cls, vm_clock_ns: int) -> "InstantTime":
+        """By the host's clock."""
+        return cls(*divmod(time.time_ns(), 1_000_000_000), vm_clock_ns)
 
 
 def save(
@@ -50,11 +62,13 @@ def save(
     context: Context,
     *,
     ground: Ground | None = None,
+    at_rest: AtRest = nullcontext,
     description: str = "",
 ) -> UUID:
     """Make the snapshot; the guest goes on as it did, whatever comes of it.
 
     :param ground: what the machine stands on, which is this snapshot afterwards; None for a whole stream.
+    :param at_rest: held for the instant.
     :return: the UUID of the state node's snapshot.
     :raise Cancelled: nothing is left behind. :raise Failed: storage; nothing is left behind.
     """
@@ -73,7 +87,7 @@ def save(
     ):
         ground.prepare()
         parent = ground.snapshot
-        with machine.hold(RunState.SAVE_VM):
+        with at_rest(), machine.hold(RunState.SAVE_VM):
             instant = _take(machine, run_state)
             frozen.freeze(selection.nodes)
             memory.freeze()
@@ -83,7 +97,7 @@ def save(
             machine, selection.state, frozen, memory.copy, ground, changes, context, total
         )
         index, place = writing.write(instant)
-        identity = _commit(selection, frozen, instant, context, parent, description, place)
+        identity = commit_save(selection, frozen, instant.time, context, parent, description, place)
         undo.pop_all()
         ground.stand(identity, index, changes)
     context.progress(total, total)
@@ -110,8 +124,7 @@ def _take(machine: Machine, run_state: RunState) -> Instant:
         for device in machine.devices
     ]
     sections.append(global_state(run_state.value))
-    date_sec, date_nsec = divmod(time.time_ns(), 1_000_000_000)
-    return Instant(tuple(sections), date_sec, date_nsec, machine.clock.ns)
+    return Instant(tuple(sections), InstantTime.now(machine.clock.ns))
 
 
 class _StateWriting:
@@ -199,10 +212,10 @@ class _StateWriting:
             self._context.chose("state", "continued", f"the machine stands on '{base.snapshot.name}'")
 
 
-def _commit(
+def commit_save(
     selection: SaveSelection,
     frozen: FrozenNodes,
-    instant: Instant,
+    when: InstantTime,
     context: Context,
     parent: UUID | None,
     description: str,
@@ -215,9 +228,9 @@ def _commit(
     records = {
         member.node_name: SnapshotRecord(
             name=selection.tag,
-            date_sec=instant.date_sec,
-            date_nsec=instant.date_nsec,
-            vm_clock_ns=instant.vm_clock_ns,
+            date_sec=when.date_sec,
+            date_nsec=when.date_nsec,
+            vm_clock_ns=when.vm_clock_ns,
             lineage=Lineage(
                 member.snapshot,
                 parent,

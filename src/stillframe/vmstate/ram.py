@@ -147,7 +147,7 @@ class RamWriter:
             numbers = np.arange(start, min(start + BATCH, count), dtype=np.int64)
             part = buffer[: len(numbers) * PAGE_SIZE]
             readinto(start * PAGE_SIZE, part)
-            self._batch(block, numbers, part, named=start == 0)
+            self.batch(block, numbers, _pages(part), named=start == 0)
             wrote(len(part))
 
     def some_pages(
@@ -165,12 +165,15 @@ class RamWriter:
             cuts = (np.flatnonzero(np.diff(batch) != 1) + 1).tolist()
             for first, end in zip([0, *cuts], [*cuts, len(batch)], strict=True):
                 readinto(int(batch[first]) * PAGE_SIZE, part[first * PAGE_SIZE : end * PAGE_SIZE])
-            self._batch(block, batch, part, named=start == 0)
+            self.batch(block, batch, _pages(part), named=start == 0)
             wrote(len(part))
 
-    def _batch(self, block: RamBlock, numbers: Addresses, data: memoryview, *, named: bool) -> None:
-        """Records of up to `BATCH` pages: zero ones after the others. :param named: the first record names the block."""
-        batch: Pages = np.frombuffer(data, np.uint8).reshape(-1, PAGE_SIZE)
+    def batch(self, block: RamBlock, numbers: Addresses, batch: Pages, *, named: bool) -> None:
+        """Records of up to `BATCH` pages, for the payload of a PART: zero ones after the others.
+
+        :param numbers: of the pages. :param batch: uint8 (n, 4096). :param named: the first record names the block, as it
+            must where the record before is of another.
+        """
         addresses = numbers * PAGE_SIZE
         filled = np.bitwise_or.reduce(batch.view(np.uint64), axis=1) != 0
         if named:
@@ -181,6 +184,16 @@ class RamWriter:
         else:
             self._data_run(block, addresses[filled], batch[filled])
             self._zero_run(block, addresses[~filled])
+
+    def zeroes(self, block: RamBlock, numbers: Addresses, *, named: bool) -> None:
+        """Records of up to `BATCH` zero pages; see `batch`."""
+        addresses = numbers * PAGE_SIZE
+        if named and len(addresses):
+            self._sink.write(struct.pack(">Q", int(addresses[0]) | ZERO) + _name(block))
+            self._wrote_records(block, addresses[:1], None)
+            self._sink.write(b"\0")
+            addresses = addresses[1:]
+        self._zero_run(block, addresses)
 
     def end(self) -> None:
         """The end record of a START, PART or END."""
@@ -214,13 +227,18 @@ class RamWriter:
 
 
 class RamReader:
-    """Reads the payloads of one RAM section and tells the visitor of what they hold."""
+    """Reads the payloads of one RAM section and tells the visitor of what they hold.
 
-    def __init__(self, source: StateSource, visitor: PageVisitor) -> None:
+    :param blocks: of a section whose START has been read elsewhere.
+    """
+
+    def __init__(
+        self, source: StateSource, visitor: PageVisitor, blocks: Sequence[RamBlock] | None = None
+    ) -> None:
         self._source = source
         self._visitor = visitor
-        self._blocks: dict[str, RamBlock] = {}
-        self._listed = False
+        self._blocks: dict[str, RamBlock] = {block.name: block for block in blocks or ()}
+        self._listed = blocks is not None
         self._block: RamBlock | None = None
 
     @property
@@ -343,6 +361,10 @@ class RamReader:
             if not more:
                 return
             most *= 4
+
+
+def _pages(data: memoryview) -> Pages:
+    return np.frombuffer(data, np.uint8).reshape(-1, PAGE_SIZE)
 
 
 def _name(block: RamBlock) -> bytes:

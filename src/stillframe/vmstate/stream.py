@@ -14,7 +14,7 @@ from stillframe.errors import StateMismatch, StreamCorrupt
 from stillframe.vmstate import layout
 from stillframe.vmstate.description import describe
 from stillframe.vmstate.fields import Description, decode, encode
-from stillframe.vmstate.page_index import ZERO_PAGE, PageIndex
+from stillframe.vmstate.page_index import ZERO_PAGE, Offsets, PageIndex
 from stillframe.vmstate.ram import (
     PAGE_RECORD,
     PAGE_SIZE,
@@ -79,7 +79,7 @@ def write_stream(
     """
     tail = device_sections(sections)
     blocks = [content.block for content in memory]
-    records = _Records(PageIndex.of(blocks))
+    records = Records(PageIndex.of(blocks))
     ram = RamWriter(sink, records.note)
     sink.write(layout.header(machine))
     sink.write(layout.section_head(layout.START, RAM_SECTION_ID, layout.RAM_NAME, 0, layout.RAM_VERSION))
@@ -108,7 +108,7 @@ def write_continuation(
     :raise StateMismatch: see `write_stream`.
     """
     tail = device_sections(sections)
-    records = _Records(base)
+    records = Records(base)
     ram = RamWriter(sink, records.note)
     with _part(sink, ram):
         for content, numbers in zip(memory, changed, strict=True):
@@ -116,8 +116,8 @@ def write_continuation(
     return _finish(sink, ram, records, tail, describe(machine, sections))
 
 
-class _Records:
-    """A page index in the making."""
+class Records:
+    """A page index in the making. :param base: what it goes on from; not changed."""
 
     def __init__(self, base: PageIndex) -> None:
         self._blocks = base.blocks
@@ -135,6 +135,10 @@ class _Records:
             where[addresses // PAGE_SIZE] = offset + PAGE_RECORD * np.arange(count)
             self._bytes += count * PAGE_RECORD
 
+    def offsets(self, block: RamBlock) -> Offsets:
+        """Where the block's pages lie by now."""
+        return self._offsets[block.name]
+
     def index(self, parts_end: int) -> PageIndex:
         """What was noted until now."""
         return PageIndex(self._blocks, self._offsets, parts_end, self._bytes)
@@ -148,7 +152,7 @@ def _part(sink: StateSink, ram: RamWriter) -> Iterator[None]:
     sink.write(layout.mark(layout.FOOTER, RAM_SECTION_ID))
 
 
-def _finish(sink: StateSink, ram: RamWriter, records: _Records, tail: bytes, json: bytes) -> PageIndex:
+def _finish(sink: StateSink, ram: RamWriter, records: Records, tail: bytes, json: bytes) -> PageIndex:
     """Everything behind the last PART."""
     index = records.index(sink.offset)
     sink.write(layout.mark(layout.END, RAM_SECTION_ID))

@@ -49,13 +49,18 @@ def query_version(host: Host) -> VersionInfo:
 @command("query-commands")
 def query_commands(host: Host) -> list[CommandInfo]:
     """The names of all commands."""
-    return [CommandInfo(name) for name in COMMANDS]
+    other = host.machine.other_monitor
+    passed = [] if other is None else [name for name in other.commands() if name not in COMMANDS]
+    return [CommandInfo(name) for name in (*COMMANDS, *passed)]
 
 
 @command("query-qmp-schema", returns=list[SchemaEntry])
 def query_qmp_schema(host: Host) -> Any:
-    """Every command and event with its arguments and types, in the form of QEMU's introspection."""
-    return _entries()
+    """Every command and event with its arguments and types, in the form of QEMU's introspection. Where a QEMU runs the guest, it is
+    that one's own, which has ours as well.
+    """
+    other = host.machine.other_monitor
+    return _entries() if other is None else other.execute("query-qmp-schema", {})
 
 
 @cache

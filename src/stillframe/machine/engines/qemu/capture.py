@@ -1,0 +1,318 @@
+"""The state of a QEMU guest at one instant, taken as a migration stream.
+
+    background   QEMU tracks writes, and the guest goes on as soon as it does; the stream's first page record is the proof that it
+                 does (an event that says so can come too early). The pause is the setup.
+    precopy      where QEMU may not track writes: memory is sent while the guest runs, and what changed meanwhile in the pause
+    stopped      the guest stands still for all of it: one that its user paused on a QEMU before 8, or the last resort
+
+Which one it was, and why not the one before, is in `Capture.how` and `why`. After each of them, and after each failure, the guest
+runs if it ran before.
+
+A QEMU before 8 must never lose its reader in a background snapshot: its guest would stand still for good. There a stream that
+nobody wants any more is read to its end and thrown away.
+"""
+
+import contextlib
+import errno
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Final, Literal
+
+from stillframe.errors import IOFailed, PeerError, StreamCorrupt
+from stillframe.events import Event
+from stillframe.machine.engines.qemu.monitor import QemuMonitor
+from stillframe.machine.engines.qemu.spool import Spool
+from stillframe.sockets import listening_unix_socket
+from stillframe.vmstate import layout
+from stillframe.vmstate.relayed import RelayedHead, read_head
+from stillframe.vmstate.transfer import StateSource
+
+_log = logging.getLogger(__name__)
+
+How = Literal["background", "precopy", "stopped"]
+
+ENDLESS: Final = 1 << 62
+"""Bytes: the size of a stream whose end is not known."""
+
+_BANDWIDTH: Final = 100 << 30
+_SETUP_SECONDS: Final = 60.0
+_CONVERGE_SECONDS: Final = 30.0
+_RESUME_SECONDS: Final = 10.0
+_OVER: Final = frozenset({"completed", "failed", "cancelled"})
+
+
+class Pause:
+    """A stop of ours. :param ran: whether the guest ran before.
+
+    :ivar ends_itself: QEMU lets the guest go on by itself, and must not be told to.
+    """
+
+    def __init__(self, *, ran: bool) -> None:
+        self.ran = ran
+        self.ends_itself = False
+
+    def wait_for_itself(self, runs: Callable[[], bool]) -> None:
+        """Until it runs, if QEMU does that by itself; not for ever."""
+        deadline = time.monotonic() + _RESUME_SECONDS
+        while self.ends_itself and not runs() and time.monotonic() < deadline:
+            time.sleep(0.002)
+
+
+class MigrationStatus:
+    """What QEMU's MIGRATION events say of the migration that is under way."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._status = "none"
+
+    def begin(self) -> None:
+        """A new one: nothing that was said counts."""
+        with self._changed:
+            self._status = "none"
+
+    def hear(self, event: Event) -> None:
+        """A MIGRATION event."""
+        with self._changed:
+            self._status = str(event.data.get("status"))
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """QEMU is gone: whatever was under way has failed."""
+        with self._changed:
+            self._status = "failed"
+            self._changed.notify_all()
+
+    @property
+    def now(self) -> str:
+        """In QEMU's words; "none" before the first."""
+        return self._status
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, in any way."""
+        return self._status in _OVER
+
+    def wait_for(self, wanted: Callable[[str], bool], seconds: float) -> bool:
+        """Whether a status that is wanted, or the end, has come within that time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: wanted(self._status) or self._status in _OVER, seconds)
+
+
+class Capture:
+    """A stream on its way; made by `captured`.
+
+    :ivar how: :ivar why: see the module's text. :ivar head: the stream's beginning, which has been read.
+    :ivar pause_seconds: how long the guest stood still.
+    """
+
+    def __init__(self, spool: Spool, monitor: QemuMonitor, status: MigrationStatus) -> None:
+        self._spool = spool
+        self._monitor = monitor
+        self._status = status
+        self.how: How = "background"
+        self.why = ""
+        self.pause_seconds = 0.0
+        self.head: RelayedHead
+
+    def read_head(self) -> None:
+        """Wait for the stream's beginning. :raise IOFailed: QEMU failed, in its words."""
+        source = StateSource(self._spool.read, ENDLESS, transfer=1)
+        try:
+            self.head = read_head(source)
+        except StreamCorrupt:
+            if self._status.over or self._spool.ended:
+                raise self.failure() from None
+            raise
+        self._begin = source.offset
+
+    def wait_for_tracking(self) -> None:
+        """Until the first page record, which QEMU sends when it tracks writes. :raise IOFailed: QEMU failed."""
+        deadline = time.monotonic() + _SETUP_SECONDS
+        while not self._spool.has(self._begin + 1, 0.05):
+            if self._status.over or time.monotonic() > deadline:
+                raise self.failure()
+        if self._spool.read(self._begin, 1) != bytes((layout.PART,)):
+            raise self.failure()
+
+    def source(self, on_read: Callable[[int], None] = lambda offset: None) -> StateSource:
+        """The stream behind its head; to be read once."""
+        source = StateSource(self._spool.read, ENDLESS, on_read=on_read)
+        source.seek(self._begin)
+        return source
+
+    def rest(self, offset: int, most: int) -> bytes:
+        """Everything from `offset` to the stream's end, once QEMU says that it is complete.
+
+        :raise IOFailed: it is not. :raise StreamCorrupt: there are more than `most` bytes.
+        """
+        data = self._spool.read(offset, most + 1)
+        if len(data) > most:
+            raise StreamCorrupt(f"QEMU's device state has more than {most} bytes")
+        self._status.wait_for(lambda status: False, _SETUP_SECONDS)
+        if self._status.now != "completed":
+            raise self.failure()
+        return data
+
+    def failure(self) -> IOFailed:
+        """What QEMU says of a stream that did not come."""
+        try:
+            found = self._monitor.execute("query-migrate")
+            why = found.get("error-desc") or f"its status is '{found.get('status')}'"
+        except PeerError as error:
+            why = str(error)
+        return IOFailed(f"QEMU has not given its state: {why}", errno=errno.EIO)
+
+    def end(self, *, may_cancel: bool) -> None:
+        """Nobody reads on: bring the migration to its end, if it has none."""
+        if self._status.now == "none" or self._status.over:
+            return
+        self._spool.throw_away()
+        if may_cancel:
+            with contextlib.suppress(PeerError):
+                self._monitor.execute("migrate_cancel")
+        # Before 8 there is no other way than to let it finish. QEMU's end ends it, too.
+        deadline = time.monotonic() + (_SETUP_SECONDS if may_cancel else float("inf"))
+        while not self._status.wait_for(lambda status: False, 1.0) and not self._monitor.ended:
+            if time.monotonic() > deadline:
+                _log.error(
+                    "QEMU has not ended a migration that was cancelled: its status is '%s'", self._status.now
+                )
+                break
+
+
+class Capturing:
+    """How one QEMU is asked for its state.
+
+    :param paused: a block in which the guest stands still, stopped by the command or by what it is given.
+    :param runs: whether the guest runs.
+    """
+
+    def __init__(
+        self,
+        monitor: QemuMonitor,
+        directory: Path,
+        status: MigrationStatus,
+        paused: Callable[[Callable[[], None] | None], AbstractContextManager[Pause]],
+        runs: Callable[[], bool],
+    ) -> None:
+        self._monitor = monitor
+        self._path = directory / "migration"
+        self._status = status
+        self._paused = paused
+        self._runs = runs
+        self._modern = monitor.version >= (8, 0, 0)
+
+    def how(self, *, runs: bool) -> tuple[How, str]:
+        """Which way it will be, and why not the better one; asks QEMU."""
+        if not runs and not self._modern:
+            return "stopped", "a QEMU before 8 would let a paused guest run"
+        try:
+            self._capabilities(background=True)
+        except PeerError as error:
+            if not runs:
+                return "stopped", str(error)
+            return "precopy", str(error)
+        return "background", ""
+
+    def _capabilities(self, *, background: bool) -> None:
+        self._set({"background-snapshot": background, "pause-before-switchover": not background})
+
+    def _set(self, wanted: Mapping[str, bool]) -> None:
+        # One that took its state by page fault can do so no more, and the two do not go together.
+        every = {"events": True, "postcopy-ram": False, **wanted}
+        self._monitor.execute(
+            "migrate-set-capabilities",
+            {"capabilities": [{"capability": name, "state": state} for name, state in every.items()]},
+        )
+
+    @contextmanager
+    def captured(self, at_instant: Callable[[], None]) -> Iterator[Capture]:
+        """The guest's state of one instant, for as long as the block lasts; the guest goes on before it begins.
+
+        :param at_instant: called in the pause, when none of the guest's requests is in flight.
+        :raise Failed: QEMU does not give it; the guest goes on.
+        """
+        self._status.begin()
+        how, why = self.how(runs=self._runs())
+        self._monitor.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH, "downtime-limit": 100})
+        listener, file = listening_unix_socket(self._path)
+        spool = Spool(listener)
+        capture = Capture(spool, self._monitor, self._status)
+        capture.how, capture.why = how, why
+        if why:
+            _log.warning("The guest may stand still for longer (%s): %s", how, why)
+        try:
+            {"background": self._background, "precopy": self._precopy, "stopped": self._stopped}[how](
+                capture, at_instant
+            )
+            yield capture
+        finally:
+            try:
+                capture.end(may_cancel=self._modern or how != "background")
+            finally:
+                spool.close()
+                file.remove()
+
+    def _migrate(self) -> None:
+        self._monitor.execute("migrate", {"uri": f"unix:{self._path}"})
+
+    def _background(self, capture: Capture, at_instant: Callable[[], None]) -> None:
+        began = time.monotonic()
+        with self._paused(None) as pause:
+            try:
+                at_instant()
+                self._migrate()
+                pause.ends_itself = not self._modern
+                capture.read_head()
+                capture.wait_for_tracking()
+            except BaseException:
+                # It must be over before the guest goes on.
+                pause.ends_itself = False
+                capture.end(may_cancel=True)
+                raise
+        capture.pause_seconds = time.monotonic() - began
+
+    def _precopy(self, capture: Capture, at_instant: Callable[[], None]) -> None:
+        ran = self._runs()
+        self._capabilities(background=False)
+        self._migrate()
+        if not self._status.wait_for(lambda status: status == "pre-switchover", _CONVERGE_SECONDS):
+            # The guest writes faster than memory can be sent: it has to wait for the rest.
+            capture.why += "; the guest changes its memory faster than it can be sent"
+
+        def switch_over() -> None:
+            self._monitor.execute("stop")
+            self._status.wait_for(lambda status: status == "pre-switchover", _SETUP_SECONDS)
+            if self._status.now != "pre-switchover":
+                raise capture.failure()
+
+        began = time.monotonic()
+        with self._paused(switch_over) as pause:
+            # QEMU may have stopped it before we looked.
+            pause.ran = ran
+            at_instant()
+            self._monitor.execute("migrate-continue", {"state": "pre-switchover"})
+            self._complete(capture)
+        capture.pause_seconds = time.monotonic() - began
+
+    def _stopped(self, capture: Capture, at_instant: Callable[[], None]) -> None:
+        self._set({"background-snapshot": False, "pause-before-switchover": False})
+        began = time.monotonic()
+        with self._paused(None):
+            at_instant()
+            self._migrate()
+            self._complete(capture)
+        capture.pause_seconds = time.monotonic() - began
+
+    def _complete(self, capture: Capture) -> None:
+        """Wait for the stream's end; QEMU's end ends the wait. :raise IOFailed:"""
+        while not self._status.wait_for(lambda status: False, 1.0):
+            if self._monitor.ended:
+                break
+        if self._status.now != "completed":
+            raise capture.failure()
+        capture.read_head()

@@ -1,0 +1,361 @@
+"""A machine whose guest runs in a QEMU process, behind the same monitor and console as any other.
+
+    we              nodes, exports of them, snapshots, jobs, monitor, the console's outer end
+    QEMU            processors, memory, devices; its disks are our exports
+
+What a client does to the guest is passed on. What we do ourselves (the stops of a save, migrations) is not told to clients, and
+the QEMU that is the machine changes with a load: only `become` does that.
+
+Threads: any may call. `_control` is held through a pause of ours, so a client's `stop` and `cont` come before it or after it.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from stillframe.errors import CommandNotFound, PeerError, Refused
+from stillframe.events import Event, EventBus
+from stillframe.machine.control import Successor
+from stillframe.machine.engines.qemu.capture import Capture, Capturing, MigrationStatus, Pause
+from stillframe.machine.engines.qemu.command_line import QemuConfig, command_line, drive_of
+from stillframe.machine.engines.qemu.console import SerialRelay
+from stillframe.machine.engines.qemu.disks import DiskExports
+from stillframe.machine.engines.qemu.monitor import asked
+from stillframe.machine.engines.qemu.outside import refuse_outside_state
+from stillframe.machine.engines.qemu.process import QemuProcess
+from stillframe.machine.engines.qemu.successor import QemuSuccessor
+from stillframe.machine.machine import Disk, Shutdown
+from stillframe.machine.run_state import RunState
+from stillframe.sockets import connected_unix_socket
+
+_log = logging.getLogger(__name__)
+
+_QUIT_SECONDS: Final = 10.0
+_STATUS_SECONDS: Final = 1.0
+_HIDDEN_EVENTS: Final = frozenset({"MIGRATION", "MIGRATION_PASS"})
+_OURS_ALONE: Final = frozenset(
+    {"quit", "qmp_capabilities", "query-migrate", "query-migrate-capabilities", "query-migrate-parameters"}
+    | {"blockdev-add", "blockdev-del", "blockdev-reopen", "snapshot-save", "snapshot-load", "snapshot-delete"}
+)
+_OTHER_STATES: Final = {
+    "postmigrate": RunState.PAUSED,
+    "finish-migrate": RunState.SAVE_VM,
+    "inmigrate": RunState.RESTORE_VM,
+}
+
+
+class QemuMachine:
+    """See the module's text.
+
+    :param config: what was asked for. :param events: where QEMU's events go, and ours.
+    """
+
+    def __init__(self, config: QemuConfig, events: EventBus) -> None:
+        self.name = config.name
+        self.events = events
+        self.memory_size = config.memory_size
+        self._config = config
+        self._directory = Path(tempfile.mkdtemp(prefix="stillframe-", dir=os.environ.get("XDG_RUNTIME_DIR")))
+        self._exports = DiskExports(self._directory / "disks", config.nodes)
+        self._serial = SerialRelay(config.console) if config.console is not None else None
+        self._control = threading.RLock()
+        self._quiet = 0
+        self._number = 0
+        self._state = RunState.PRELAUNCH
+        self._memory_lost: str | None = None
+        self._shutdown: Shutdown | None = None
+        self._begun = threading.Event()
+        self._ended = threading.Event()
+        self._process: QemuProcess | None = None
+        self._status = MigrationStatus()
+        self.failure: str | None = None
+        """Why QEMU ended, where nobody asked it to."""
+
+    # What it is
+
+    @property
+    def other_monitor(self) -> "QemuMachine":
+        """QEMU's: itself."""
+        return self
+
+    @property
+    def _qemu(self) -> QemuProcess:
+        """Waits for its start, which ends within `process.START_SECONDS`."""
+        self._begun.wait()
+        if self._process is None:
+            raise Refused("QEMU could not be started")
+        return self._process
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """Of QEMU."""
+        return self._qemu.monitor.version
+
+    @property
+    def disks(self) -> tuple[Disk, ...]:
+        """The guest's devices with a node of ours behind them, as QEMU names them; flash first."""
+        nodes = {node.node_name: node for node in self._config.nodes}
+        found = [
+            Disk(f"pflash{n}", name, True, not nodes[name].read_only)
+            for n, name in enumerate(self._config.flash)
+        ]
+        for number, device in enumerate(self._config.devices):
+            name = drive_of(device)
+            if name in nodes:
+                words = dict(pair.partition("=")[::2] for pair in device.split(",")[1:])
+                device_id = words.get("id", f"/machine/peripheral-anon/device[{number}]")
+                found.append(Disk(device_id, nodes[name].node_name, False, not nodes[name].read_only))
+        return tuple(found)
+
+    @property
+    def run_state(self) -> RunState:
+        """What it is doing now; what it did last where QEMU does not answer soon."""
+        if self._memory_lost is not None:
+            return RunState.IO_ERROR
+        if self._quiet == 0 and self._process is not None:
+            with contextlib.suppress(PeerError):
+                self._state = self._query_state(_STATUS_SECONDS)
+        return self._state
+
+    def _query_state(self, seconds: float) -> RunState:
+        word = self._qemu.monitor.execute("query-status", seconds=seconds)["status"]
+        return _OTHER_STATES.get(word) or RunState(word)
+
+    @property
+    def shutdown(self) -> Shutdown | None:
+        """Why it ended, once it has."""
+        return self._shutdown
+
+    # From start to end
+
+    def start(self, *, paused: bool = False) -> None:
+        """Start QEMU. :raise Refused: it does not take its command line, in its words."""
+        try:
+            self._process = self._spawn(self._status, incoming=False)
+        finally:
+            self._begun.set()
+        self._attach_serial(self._process)
+        if not paused:
+            self.cont()
+
+    def _spawn(self, status: MigrationStatus, *, incoming: bool) -> QemuProcess:
+        self._number += 1
+        directory = self._directory / str(self._number)
+        directory.mkdir(mode=0o700)
+        words = command_line(self._config, self._exports.path, incoming=incoming)
+        process: QemuProcess | None = None
+
+        def hear(event: Event) -> None:
+            if event.name == "MIGRATION":
+                status.hear(event)
+            if process is self._process or process is None:
+                self._hear(event)
+
+        def ended() -> None:
+            status.end()
+            if process is not None and process is self._process:
+                self._has_ended(process)
+
+        process = QemuProcess(words, directory, hear, ended, serial=self._serial is not None)
+        return process
+
+    def _attach_serial(self, process: QemuProcess) -> None:
+        if self._serial is not None:
+            self._serial.attach(connected_unix_socket(process.directory / "serial"))
+
+    def _hear(self, event: Event) -> None:
+        if event.name in _HIDDEN_EVENTS or (self._quiet and event.name in ("STOP", "RESUME")):
+            return
+        if event.name == "SHUTDOWN":
+            if self._shutdown is not None:
+                return
+            self._shutdown = Shutdown(bool(event.data.get("guest")), str(event.data.get("reason")))
+        self.events.tell(lambda: event)
+
+    def _has_ended(self, process: QemuProcess) -> None:
+        """On the thread that read its monitor."""
+        process.wait(_QUIT_SECONDS)
+        if self._shutdown is None:
+            self._shutdown = Shutdown(guest=False, reason="host-error")
+            self.failure = f"QEMU ended with {process.exit_text}: {process.last_words or 'it said nothing'}"
+            self._state = RunState.INTERNAL_ERROR
+            self.events.emit("SHUTDOWN", guest=False, reason="host-error")
+        self._ended.set()
+
+    def quit(self, reason: str = "host-qmp-quit") -> None:
+        """End the machine; returns at once. A job under way sees QEMU's end."""
+        if self._shutdown is None:
+            self._shutdown = Shutdown(guest=False, reason=reason)
+            self.events.emit("SHUTDOWN", guest=False, reason=reason)
+        threading.Thread(target=self._quit, name="qemu-quit", daemon=True).start()
+        self._ended.set()
+
+    def _quit(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(PeerError):
+                self._process.monitor.execute("quit", seconds=_QUIT_SECONDS)
+
+    def wait(self, timeout: float | None = None) -> Shutdown | None:
+        """Sleep until the machine has ended, or for `timeout` seconds; why it ended, None if it has not."""
+        self._ended.wait(timeout)
+        return self._shutdown
+
+    def close(self) -> None:
+        """End QEMU if it runs, and take everything away; nodes are not closed."""
+        with self._control:
+            if self._process is not None:
+                if not self._process.monitor.ended:
+                    self._quit()
+                self._process.wait(_QUIT_SECONDS)
+                self._process.kill()
+            if self._serial is not None:
+                self._serial.close()
+            self._exports.close()
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    # What clients do to the guest
+
+    def stop(self) -> None:
+        """Pause the guest; a pause of ours is waited for."""
+        with self._control:
+            self._ask("stop")
+
+    def cont(self) -> None:
+        """Let the guest run. :raise Refused: not all of its memory has come; or QEMU refuses."""
+        self.refuse_without_memory()
+        with self._control:
+            self._ask("cont")
+
+    def reset(self) -> None:
+        """Press the reset button."""
+        with self._control:
+            self._ask("system_reset")
+
+    def powerdown(self) -> None:
+        """Press the power button."""
+        self._ask("system_powerdown")
+
+    def _ask(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        try:
+            return self._qemu.monitor.execute(command, arguments)
+        except PeerError as error:
+            raise asked(error) from error
+
+    def execute(self, command: str, arguments: Mapping[str, Any]) -> Any:
+        """A client's command that is not ours. :raise Refused: QEMU says no, or it would take the state out of our hands."""
+        if command in _OURS_ALONE or command.startswith("migrate"):
+            raise CommandNotFound(f"The command {command} has not been found")
+        return self._ask(command, arguments)
+
+    def commands(self) -> Sequence[str]:
+        """The names of QEMU's commands that `execute` takes."""
+        found = [each["name"] for each in self._ask("query-commands")]
+        return [name for name in found if name not in _OURS_ALONE and not name.startswith("migrate")]
+
+    # What we do to it
+
+    def at_instant(self, fn: Callable[[], None]) -> int:
+        """See `control.MachineControl`."""
+        with self._paused(), self._exports.held():
+            fn()
+        return 0
+
+    @contextmanager
+    def _paused(self, stop: Callable[[], None] | None = None) -> Iterator[Pause]:
+        """Nobody else changes the run state, and clients hear nothing of ours; at the end the guest runs if it ran before.
+
+        :param stop: stops it in another way than by the command.
+        """
+        with self._control:
+            self._quiet += 1
+            try:
+                pause = Pause(ran=self._query_state(_QUIT_SECONDS) is RunState.RUNNING)
+                try:
+                    if stop is not None:
+                        stop()
+                    elif pause.ran:
+                        self._qemu.monitor.execute("stop")
+                    yield pause
+                finally:
+                    if pause.ran and not self._qemu.monitor.ended and self._memory_lost is None:
+                        pause.wait_for_itself(self.runs)
+                        if not self.runs():
+                            self._qemu.monitor.execute("cont")
+            finally:
+                self._quiet -= 1
+
+    def runs(self) -> bool:
+        """Whether QEMU says so."""
+        return self._query_state(_QUIT_SECONDS) is RunState.RUNNING
+
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """See `control.StreamedMachine`. Clients hear of it, as of a load of QEMU's."""
+        ran = False
+        try:
+            with self._paused() as pause:
+                ran = pause.ran
+                if ran:
+                    self.events.emit("STOP")
+                yield
+        finally:
+            if ran:
+                self.events.emit("RESUME")
+
+    @contextmanager
+    def captured(self, at_instant: Callable[[], None]) -> Iterator[Capture]:
+        """See `control.StreamedMachine`."""
+
+        def with_disks_at_rest() -> None:
+            with self._exports.held():
+                at_instant()
+
+        process = self._qemu
+        capturing = Capturing(process.monitor, process.directory, self._status, self._paused, self.runs)
+        with capturing.captured(with_disks_at_rest) as capture:
+            yield capture
+
+    def refuse_outside_state(self) -> None:
+        """See `control.StreamedMachine`."""
+        refuse_outside_state(self._qemu.monitor)
+
+    @contextmanager
+    def successor(self) -> Iterator[QemuSuccessor]:
+        """See `control.StreamedMachine`."""
+        status = MigrationStatus()
+        process = self._spawn(status, incoming=True)
+        found = QemuSuccessor(process, status)
+        try:
+            yield found
+        finally:
+            found.close()
+            if process is not self._process:
+                process.kill()
+                process.remove_files()
+
+    def become(self, successor: Successor) -> None:
+        """See `control.StreamedMachine`."""
+        if not isinstance(successor, QemuSuccessor):
+            raise TypeError("the successor of a QEMU is a QEMU")
+        former, self._process, self._status = self._qemu, successor.process, successor.status
+        self._memory_lost = None
+        self._attach_serial(successor.process)
+        former.kill()
+        former.remove_files()
+
+    def lose_memory(self, why: str) -> None:
+        """See `control.StreamedMachine`. Its processors wait for pages that will not come; QEMU is not asked to stop them."""
+        self._memory_lost = why
+        self.events.emit("STOP")
+
+    def refuse_without_memory(self) -> None:
+        """See `control.StreamedMachine`."""
+        if self._memory_lost is not None:
+            raise Refused(self._memory_lost, remedy="Load a snapshot.")

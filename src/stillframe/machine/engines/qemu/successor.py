@@ -1,0 +1,112 @@
+"""A fresh QEMU that is to take the machine's place, in the state of a snapshot.
+
+It is started beside the old one, with the same words and the same exports, and waits. `offer` gives it everything but its memory,
+which follows by page fault and in the file's order while it runs already (postcopy.py); `offer_all` gives it everything first.
+Either way it stands still afterwards, has written to no disk, and can still be thrown away.
+"""
+
+import errno
+from collections.abc import Callable
+from typing import Final
+
+from stillframe.errors import Cancelled, Failed, IOFailed, PeerError, StateMismatch
+from stillframe.machine.control import StoredState
+from stillframe.machine.engines.qemu.capture import MigrationStatus
+from stillframe.machine.engines.qemu.plain import feed
+from stillframe.machine.engines.qemu.postcopy import PostcopySource
+from stillframe.machine.engines.qemu.process import QemuProcess
+from stillframe.sockets import connected_unix_socket
+
+_LOADED_SECONDS: Final = 120.0
+_POLL_SECONDS: Final = 0.05
+
+
+class QemuSuccessor:
+    """See the module's text. :param status: of its migration."""
+
+    def __init__(self, process: QemuProcess, status: MigrationStatus) -> None:
+        self.process = process
+        self.status = status
+        self._source: PostcopySource | None = None
+
+    def _listen(self, *, postcopy: bool) -> None:
+        monitor = self.process.monitor
+        wanted = {"events": True, "postcopy-ram": postcopy}
+        monitor.execute(
+            "migrate-set-capabilities",
+            {"capabilities": [{"capability": name, "state": state} for name, state in wanted.items()]},
+        )
+        monitor.execute("migrate-incoming", {"uri": f"unix:{self.process.directory / 'migration'}"})
+
+    def refuse_without_faults(self) -> None:
+        """:raise PeerError: this QEMU cannot have its memory come later, in its words."""
+        self.process.monitor.execute(
+            "migrate-set-capabilities", {"capabilities": [{"capability": "postcopy-ram", "state": True}]}
+        )
+
+    def offer(self, state: StoredState) -> None:
+        """See `control.Successor`."""
+        try:
+            self._listen(postcopy=True)
+            connection = connected_unix_socket(self.process.directory / "migration")
+            self._source = PostcopySource(
+                connection, state.head, state.devices, state.index, state.read, state.descriptors
+            )
+            self._source.offer()
+            self._source.wait_until_loaded(_LOADED_SECONDS)
+            self._wait_for("paused")
+        except Cancelled:
+            raise
+        except (PeerError, Failed) as error:
+            raise self._refusal(error) from error
+
+    def offer_all(
+        self,
+        size: int,
+        read: Callable[[int, int], bytes],
+        took: Callable[[int], None],
+        checkpoint: Callable[[], None],
+    ) -> None:
+        """See `control.Successor`."""
+        try:
+            self._listen(postcopy=False)
+            connection = connected_unix_socket(self.process.directory / "migration")
+            with connection:
+                feed(connection, size, read, took, checkpoint)
+                self._wait_for("paused")
+                self.status.wait_for(lambda status: False, _LOADED_SECONDS)
+        except Cancelled:
+            raise
+        except (PeerError, Failed) as error:
+            raise self._refusal(error) from error
+
+    def _wait_for(self, wanted: str) -> None:
+        """Ends with QEMU, too. :raise PeerError: it ended, or failed."""
+        while (state := self.process.monitor.execute("query-status")["status"]) != wanted:
+            if state not in ("inmigrate", "restore-vm", "prelaunch") or self.status.now == "failed":
+                raise PeerError(f"its run state is '{state}'")
+            if self.process.wait(0.002):
+                raise PeerError("it ended")
+
+    def _refusal(self, error: Exception) -> StateMismatch | IOFailed:
+        """What QEMU printed says more than what its end looks like from here."""
+        if self.process.wait(2.0) or self.process.last_words:
+            words = self.process.last_words or f"it ended with {self.process.exit_text}"
+            return StateMismatch(
+                f"QEMU does not take the machine state: {words}",
+                remedy="Start the machine with the devices and the versioned machine type that it was saved with.",
+            )
+        return IOFailed(f"QEMU does not take the machine state: {error}", errno=errno.EINVAL)
+
+    def fill(self, progress: Callable[[int], None], checkpoint: Callable[[], None]) -> None:
+        """See `control.Successor`."""
+        if self._source is not None:
+            self._source.fill(progress, checkpoint)
+            # Until QEMU says so itself it is not done: whatever begins next would hear it.
+            self.status.wait_for(lambda status: False, _LOADED_SECONDS)
+
+    def close(self) -> None:
+        """End the way that its memory comes by."""
+        if self._source is not None:
+            self._source.close()
+            self._source = None

@@ -1,0 +1,75 @@
+"""How the state of a machine gets into snapshots and out of them, by the kind of machine.
+
+A machine of this process is taken apart into devices and pages (save.py, load.py); one that gives its state as a stream is followed
+by a successor that takes it (streamed_save.py, streamed_load.py). Both remember the snapshot that the machine stands on.
+"""
+
+from functools import partial
+from typing import Protocol
+from uuid import UUID
+
+from stillframe.machine.control import StreamedMachine
+from stillframe.machine.machine import Machine
+from stillframe.machine.tracking import HashName, track
+from stillframe.snapshots.context import AtRest, Context
+from stillframe.snapshots.ground import Ground
+from stillframe.snapshots.load import load
+from stillframe.snapshots.save import save
+from stillframe.snapshots.selection import LoadSelection, SaveSelection
+from stillframe.snapshots.streamed_load import load_streamed
+from stillframe.snapshots.streamed_save import save_streamed
+
+
+class Keeping(Protocol):
+    """Of one machine; called by one snapshot operation at a time."""
+
+    def save(self, selection: SaveSelection, context: Context) -> None:
+        """See `save.save`."""
+        ...
+
+    def load(self, selection: LoadSelection, context: Context, *, eager: bool = False) -> None:
+        """See `load.load`."""
+        ...
+
+
+class InProcess:
+    """Of a machine of this process. :ivar ground: the snapshot that it stands on, and what has changed since."""
+
+    def __init__(self, machine: Machine, algorithm: HashName, at_rest: AtRest) -> None:
+        self._machine = machine
+        self._at_rest = at_rest
+        self.ground = Ground(machine, partial(track, algorithm=algorithm))
+
+    def save(self, selection: SaveSelection, context: Context) -> None:
+        save(self._machine, selection, context, ground=self.ground, at_rest=self._at_rest)
+
+    def load(self, selection: LoadSelection, context: Context, *, eager: bool = False) -> None:
+        load(self._machine, selection, context, ground=self.ground, eager=eager, at_rest=self._at_rest)
+
+
+class Streamed:
+    """Of a machine elsewhere. :ivar standing: the UUID of the snapshot that it stands on."""
+
+    def __init__(self, machine: StreamedMachine, at_rest: AtRest) -> None:
+        self._machine = machine
+        self._at_rest = at_rest
+        self.standing: UUID | None = None
+
+    def save(self, selection: SaveSelection, context: Context) -> None:
+        self.standing = save_streamed(
+            self._machine, selection, context, standing=self.standing, at_rest=self._at_rest
+        )
+
+    def load(self, selection: LoadSelection, context: Context, *, eager: bool = False) -> None:
+        self.standing = load_streamed(self._machine, selection, context, eager=eager, at_rest=self._at_rest)
+
+
+def keeping(machine: Machine | StreamedMachine, algorithm: HashName, at_rest: AtRest) -> Keeping:
+    """The way for this machine.
+
+    :param algorithm: finds changed pages of a machine of this process where the kernel does not tell.
+    :param at_rest: held for the instant of a save, and of a load.
+    """
+    if isinstance(machine, Machine):
+        return InProcess(machine, algorithm, at_rest)
+    return Streamed(machine, at_rest)

@@ -1,0 +1,169 @@
+"""Loading into a machine that takes its state as a stream: a successor gets it, and takes the machine's place.
+
+    1  while the guest runs: the stream's beginning and end are read, a successor is started beside the machine
+    2  pause; the successor gets the state, and says whether it can take it
+    3  every image is prepared, then switched, the state node's last: the commit
+    4  the successor is the machine, and runs; the former one is ended
+    5  with a page index, its memory comes while it runs
+
+A failure or a cancel before 3's end leaves the machine as it was: it never ceased to be there. A failure in 5 stops the guest.
+"""
+
+import os
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from uuid import UUID
+
+import numpy as np
+
+from stillframe.block.node import GroupKind
+from stillframe.errors import Corrupt, StillframeError, Unsupported, io_failed
+from stillframe.machine.arriving import StateFile
+from stillframe.machine.control import StoredState, StreamedMachine, Successor
+from stillframe.snapshots.context import AtRest, Context
+from stillframe.snapshots.ground import read_page_index
+from stillframe.snapshots.group import all_or_none
+from stillframe.snapshots.load import explained, reverts
+from stillframe.snapshots.selection import Found, LoadSelection
+from stillframe.snapshots.staging import refuse_without_room
+from stillframe.snapshots.streamed_save import MAXIMUM_DEVICE_STATE
+from stillframe.vmstate import layout
+from stillframe.vmstate.relayed import read_head, read_tail
+from stillframe.vmstate.transfer import StateSource
+
+_END = len(layout.mark(layout.END, 0)) + 8 + len(layout.mark(layout.FOOTER, 0))
+"""Bytes of RAM's END, which holds nothing but its end record."""
+
+
+def load_streamed(
+    machine: StreamedMachine,
+    selection: LoadSelection,
+    context: Context,
+    *,
+    eager: bool = False,
+    at_rest: AtRest = nullcontext,
+) -> UUID | None:
+    """Bring the machine and the listed nodes to the snapshot; a guest that ran goes on from there.
+
+    :param eager: the guest runs only when all of its memory is there. :param at_rest: held while the disks are exchanged.
+    :return: the UUID of the state node's snapshot, on which the machine stands now; None if it has none.
+    :raise Refused: :raise Corrupt: :raise Cancelled: :raise Failed: the machine is as it was; but for an `IOFailed` while memory
+        comes, which stops it.
+    """
+    found = selection.state
+    snapshot, read = found.snapshot, partial(found.node.store.read_state, found.snapshot)
+    total = snapshot.state_size + 1
+    context.progress(0, total)
+    _refuse_other_sizes(selection)
+    refuse_without_room(machine.memory_size)
+    with ExitStack() as stack:
+        with explained():
+            later, why = (None, "it was asked for") if eager else _to_come(found, stack)
+        successor = stack.enter_context(machine.successor())
+        context.checkpoint()
+        context.chose("memory", "eager" if later is None else "lazy", why)
+        with at_rest(), machine.standing_still():
+            with explained():
+                _offer(successor, later, snapshot.state_size, read, context, total)
+            with all_or_none(
+                reverts(selection), before_commit=context.point_of_no_return, kind=GroupKind.LOAD
+            ):
+                machine.become(successor)
+        if later is not None:
+            _fill(machine, successor, found, context, total)
+    context.progress(total, total)
+    return snapshot.lineage.snapshot if snapshot.lineage else None
+
+
+def _refuse_other_sizes(selection: LoadSelection) -> None:
+    """:raise Unsupported: a disk had another size; the successor has seen the present one."""
+    for found in selection.all:
+        size = found.snapshot.disk_size
+        if size != found.node.node.size:
+            raise Unsupported(
+                f"Node '{found.node.name}' has {found.node.node.size} bytes, and had {size} in snapshot '{selection.tag}'",
+                remedy="Resize it to what it had, then load.",
+            )
+
+
+def _to_come(found: Found, stack: ExitStack) -> tuple[StoredState | None, str]:
+    """The stream, if its memory can come later; else why not. :raise StreamCorrupt: it is no machine state."""
+    snapshot, store = found.snapshot, found.node.store
+    source = StateSource(partial(store.read_state, snapshot), snapshot.state_size, transfer=4096)
+    head = read_head(source)
+    place = snapshot.lineage.page_index if snapshot.lineage else None
+    if place is None:
+        return None, f"snapshot '{snapshot.name}' has no page index"
+    try:
+        index = read_page_index(found.node, snapshot, place, head.blocks)
+    except Corrupt as error:
+        return None, f"the page index cannot be used: {error.message}"
+    start = index.parts_end + _END
+    length = snapshot.state_size - start
+    if not 0 < length <= MAXIMUM_DEVICE_STATE:
+        raise source.corrupt(f"{length} bytes of device state")
+    tail = read_tail(store.read_state(snapshot, start, length))
+    state = store.open_state(snapshot, snapshot.state_size)
+    if state is None:
+        return StoredState(head, tail.devices, index, partial(store.read_state, snapshot), None), ""
+    stack.callback(os.close, state.fd)
+    file = StateFile(state.fd, state.cluster_bits, np.array(state.places, np.int64))
+    return StoredState(head, tail.devices, index, partial(_read, file), (state.fd,)), ""
+
+
+def _read(file: StateFile, offset: int, length: int) -> bytes:
+    buffer = bytearray(length)
+    try:
+        file.readinto(offset, memoryview(buffer))
+    except OSError as error:
+        raise io_failed("Could not read the machine state", error) from error
+    return bytes(buffer)
+
+
+def _offer(
+    successor: Successor,
+    later: StoredState | None,
+    size: int,
+    read: "partial[bytes]",
+    context: Context,
+    total: int,
+) -> None:
+    if later is not None:
+        successor.offer(later)
+        return
+    done = 0
+
+    def took(length: int) -> None:
+        nonlocal done
+        done += length
+        context.progress(done, total)
+
+    successor.offer_all(size, read, took, context.checkpoint)
+
+
+def _fill(machine: StreamedMachine, successor: Successor, found: Found, context: Context, total: int) -> None:
+    done = 0
+
+    def came(length: int) -> None:
+        nonlocal done
+        done = min(done + length, total - 1)
+        context.progress(done, total)
+        context.moved(length)
+
+    try:
+        successor.fill(came, context.checkpoint)
+    except BaseException as error:
+        why = error.message if isinstance(error, StillframeError) else str(error) or type(error).__name__
+        machine.lose_memory(f"The memory of snapshot '{found.snapshot.name}' has not come as a whole: {why}")
+        machine.events.emit(
+            "BLOCK_IO_ERROR",
+            device="",
+            node_name=found.node.name,
+            operation="read",
+            action="stop",
+            nospace=False,
+            reason=why,
+        )
+        if isinstance(error, StillframeError):
+            error.left = "The guest is stopped; load a snapshot"
+        raise

@@ -1,0 +1,138 @@
+"""Saving a machine that gives its state as a stream.
+
+    1  refuse what cannot be saved; flush the disks while the guest runs
+    2  pause: freeze every node, have the stream begin; the guest goes on (`StreamedMachine.captured`)
+    3  the stream on its way into the state node: its pages compared with the parent's, those that are news written
+    4  commit, as any save
+
+Before 4 every failure and every cancel leaves nothing behind, and the guest runs as before.
+"""
+
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from uuid import UUID, uuid4
+
+from stillframe.block.node import PageIndexPlace, PendingSnapshot
+from stillframe.errors import Corrupt, IOFailed, LimitReached, NotFound, Unsupported
+from stillframe.machine.control import CapturedState, StreamedMachine
+from stillframe.snapshots.context import AtRest, Context, told
+from stillframe.snapshots.ground import Base, find_base, page_index_checksum, read_page_index
+from stillframe.snapshots.group import frozen_nodes
+from stillframe.snapshots.save import InstantTime, commit_save
+from stillframe.snapshots.selection import SaveSelection, SnapshotNode
+from stillframe.vmstate.page_index import PageIndex, pack_page_index
+from stillframe.vmstate.relayed import RelayedHead, RelayedTail, read_tail, timer_ns
+from stillframe.vmstate.relaying import RelayBase, relay_memory
+from stillframe.vmstate.transfer import state_sink
+
+MAXIMUM_DEVICE_STATE = 256 << 20
+"""Bytes of a stream behind its memory. QEMU's own devices have a few thousand each."""
+
+
+def save_streamed(
+    machine: StreamedMachine,
+    selection: SaveSelection,
+    context: Context,
+    *,
+    standing: UUID | None = None,
+    at_rest: AtRest = nullcontext,
+    description: str = "",
+) -> UUID:
+    """Make the snapshot; the guest goes on as it did, whatever comes of it.
+
+    :param standing: the snapshot that the machine was last saved to or loaded from.
+    :param at_rest: held for the instant.
+    :return: the UUID of the state node's snapshot.
+    :raise Refused: nothing was touched. :raise Cancelled: :raise Failed: nothing is left behind.
+    """
+    machine.refuse_without_memory()
+    machine.refuse_outside_state()
+    total = machine.memory_size + 1
+    context.progress(0, total)
+    for node in selection.nodes:
+        context.checkpoint()
+        node.node.flush()
+    with frozen_nodes() as frozen:
+        when = InstantTime.now(0)
+
+        def freeze() -> None:
+            nonlocal when
+            frozen.freeze(selection.nodes)
+            when = InstantTime.now(0)
+
+        with ExitStack() as stack:
+            with at_rest():
+                capture = stack.enter_context(machine.captured(freeze))
+            pending = frozen.pending(selection.state.name)
+            try:
+                place, tail = _write(capture, selection.state, pending, standing, context, total)
+            except (IOFailed, Corrupt, LimitReached):
+                with told("Error while writing VM state"):
+                    raise
+        clock_ns = timer_ns(tail.devices) or 0
+        when = InstantTime(when.date_sec, when.date_nsec, clock_ns)
+        identity = commit_save(selection, frozen, when, context, standing, description, place)
+    context.progress(total, total)
+    return identity
+
+
+def _write(
+    capture: CapturedState,
+    state: SnapshotNode,
+    pending: PendingSnapshot,
+    standing: UUID | None,
+    context: Context,
+    total: int,
+) -> tuple[PageIndexPlace, RelayedTail]:
+    """The stream and its page index, into the pending snapshot."""
+    head = capture.head
+    base, why = _base(state, standing, head)
+    if base is not None:
+        base, why = _shared(pending, base)
+    context.chose("memory", capture.how, capture.why)
+    if base is None:
+        context.chose("state", "whole", why)
+    else:
+        context.chose("state", "continued", f"the machine stands on '{base.snapshot.name}'")
+    done = 0
+
+    def took(length: int) -> None:
+        nonlocal done
+        done += length
+        # A page may come twice: where the guest writes while memory is sent.
+        context.progress(min(done, total - 1), total)
+        context.moved(length)
+
+    source = capture.source()
+    start, relayed = 0, None
+    if base is not None:
+        start = base.index.parts_end
+        relayed = RelayBase(base.index, partial(state.store.read_state, base.snapshot))
+    with state_sink(pending.write_state, start) as sink:
+        index: PageIndex = relay_memory(source, head, sink, relayed, took)
+        tail = read_tail(capture.rest(source.offset, MAXIMUM_DEVICE_STATE))
+        sink.write(tail.data)
+    packed = pack_page_index(index)
+    offset = pending.write_page_index(packed)
+    stream = uuid4() if base is None else base.stream
+    ram_size = sum(block.length for block in head.blocks)
+    return PageIndexPlace(offset, len(packed), page_index_checksum(packed), stream, ram_size), tail
+
+
+def _base(state: SnapshotNode, standing: UUID | None, head: RelayedHead) -> tuple[Base | None, str]:
+    """The snapshot whose stream this one can continue, whose beginning must be ours, byte for byte; else why there is none."""
+    base, why = find_base(state, standing, head.blocks, read_page_index)
+    if base is not None:
+        beginning = head.head + head.ram_start
+        if state.store.read_state(base.snapshot, 0, len(beginning)) != beginning:
+            return None, f"the state of '{base.snapshot.name}' was made by another machine"
+    return base, why
+
+
+def _shared(pending: PendingSnapshot, base: Base) -> tuple[Base | None, str]:
+    """The base, its clusters being shared; else why they cannot be."""
+    try:
+        pending.share_state(base.snapshot, base.index.parts_end)
+    except (NotFound, Unsupported) as error:
+        return None, error.message
+    return base, ""
