@@ -89,6 +89,39 @@ def _qemu() -> Finding:
     return Finding("qemu", "ok", f"{', '.join(found)}; {words}", needs)
 
 
+def _qemu_engine(program: str) -> Finding:
+    """What `run --engine qemu` would find."""
+    from stillframe.cli.doctor_qemu import ask_qemu
+
+    needs = "--engine qemu: saving while the guest runs, loads whose memory comes on demand"
+    try:
+        found = ask_qemu(program)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        return Finding(
+            "engine qemu", "missing", f"{program}: {why}", needs, "Name a QEMU, 7.2 or newer: --qemu PROGRAM"
+        )
+    words = f"{program} {found.version}"
+    if tuple(map(int, found.version.split("."))) < (7, 2):
+        return Finding("engine qemu", "missing", words, needs, "Install QEMU 7.2 or newer.")
+    lacks = []
+    if found.no_tracking:
+        lacks.append(
+            f"memory is sent before the pause, and what changes meanwhile in it ({found.no_tracking})"
+        )
+    if found.no_fetching:
+        lacks.append(f"loads read all of the memory first ({found.no_fetching})")
+    if lacks:
+        return Finding(
+            "engine qemu",
+            "limited",
+            f"{words}; {'; '.join(lacks)}",
+            needs,
+            "Let QEMU's user have userfaultfd: open /dev/userfaultfd to it, or as root: sysctl vm.unprivileged_userfaultfd=1",
+        )
+    return Finding("engine qemu", "ok", f"{words}; tracks what a guest writes, fetches missing pages", needs)
+
+
 def _kvm() -> Finding:
     needs = "speed of guests of this host's own architecture under QEMU; the unicorn engine does not use it"
     try:
@@ -295,6 +328,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
 EXAMPLES
   stillframe doctor
   stillframe doctor --json
+  stillframe doctor --qemu /opt/qemu/bin/qemu-system-aarch64
 
 \b
 EXIT CODES
@@ -302,9 +336,16 @@ EXIT CODES
   1  something that is needed for that is missing"""
 )
 @click.option("--json", "as_json", is_flag=True, help="For programs: a list of findings.")
-def doctor(as_json: bool) -> None:
+@click.option(
+    "--qemu",
+    default="qemu-system-x86_64",
+    show_default=True,
+    metavar="PROGRAM",
+    help="The QEMU to ask for what `run --engine qemu` would do.",
+)
+def doctor(as_json: bool, qemu: str) -> None:
     """What this host can do, and what to do about what it cannot."""
-    findings = [check() for check in CHECKS]
+    findings = [*(check() for check in CHECKS), _qemu_engine(qemu)]
     if as_json:
         import json
 

@@ -63,6 +63,11 @@ class JobContext:
                 self._park()
                 self._obey()
 
+    def refuse_if_cancelled(self) -> None:
+        """A checkpoint where the caller may not stand still: a pause waits for the next one. :raise Cancelled:"""
+        with self._changed:
+            self._obey()
+
     def moved(self, count: int) -> None:
         """So many bytes were read or written: a checkpoint, and a rest as long as the job's limit of speed asks for.
 

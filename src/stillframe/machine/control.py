@@ -121,6 +121,10 @@ class StoredState:
 class Successor(Protocol):
     """A second one that is to take the machine's place, in the state of a snapshot."""
 
+    def refusal_of_later(self) -> str:
+        """Why its memory cannot come after its state, in the other program's words; empty if it can."""
+        ...
+
     def offer(self, state: StoredState) -> None:
         """Give it the state, its memory excepted. It stands still when this returns.
 
@@ -155,10 +159,13 @@ class StreamedMachine(MachineControl, Protocol):
         """:raise Refused: a device keeps state that the stream would not hold; it is named."""
         ...
 
-    def captured(self, at_instant: Callable[[], None]) -> AbstractContextManager[CapturedState]:
+    def captured(
+        self, at_instant: Callable[[], None], refuse_if_cancelled: Callable[[], None] = lambda: None
+    ) -> AbstractContextManager[CapturedState]:
         """The state of one instant; the guest goes on before the block begins.
 
         :param at_instant: called in the pause, with no request in flight.
+        :param refuse_if_cancelled: called while much is to be done before the pause; raises to end it, and never waits.
         :raise Failed: there is none to be had; the guest goes on.
         """
         ...

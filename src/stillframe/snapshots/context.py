@@ -23,6 +23,10 @@ class Context(Protocol):
         """Stand still here during a pause. :raise Cancelled: somebody asked to cancel."""
         ...
 
+    def refuse_if_cancelled(self) -> None:
+        """A checkpoint for a place where nobody may stand still: a pause is not obeyed. :raise Cancelled:"""
+        ...
+
     def moved(self, count: int) -> None:
         """So many bytes were read or written while the guest runs: a checkpoint, and a rest where a limit of speed asks for
         one. :raise Cancelled: somebody asked to cancel."""
@@ -48,6 +52,9 @@ class Unwatched:
 
     def checkpoint(self) -> None:
         """Nobody pauses or cancels."""
+
+    def refuse_if_cancelled(self) -> None:
+        """Nobody cancels."""
 
     def moved(self, count: int) -> None:
         """Nobody asks for less."""

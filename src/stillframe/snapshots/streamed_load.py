@@ -60,6 +60,8 @@ def load_streamed(
         with explained():
             later, why = (None, "it was asked for") if eager else _to_come(found, stack)
         successor = stack.enter_context(machine.successor())
+        if later is not None and (why := successor.refusal_of_later()):
+            later = None
         context.checkpoint()
         context.chose("memory", "eager" if later is None else "lazy", why)
         with at_rest(), machine.standing_still():

@@ -62,7 +62,7 @@ def save_streamed(
 
         with ExitStack() as stack:
             with at_rest():
-                capture = stack.enter_context(machine.captured(freeze))
+                capture = stack.enter_context(machine.captured(freeze, context.refuse_if_cancelled))
             pending = frozen.pending(selection.state.name)
             try:
                 place, tail = _write(capture, selection.state, pending, standing, context, total)

@@ -10,6 +10,8 @@ runs if it ran before.
 
 A QEMU before 8 must never lose its reader in a background snapshot: its guest would stand still for good. There a stream that
 nobody wants any more is read to its end and thrown away.
+
+A guest that stood still before stays in QEMU's state "postmigrate" after the last two, out of which postmigrate.py brings it.
 """
 
 import contextlib
@@ -17,14 +19,15 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 from stillframe.errors import IOFailed, PeerError, StreamCorrupt
 from stillframe.events import Event
 from stillframe.machine.engines.qemu.monitor import QemuMonitor
+from stillframe.machine.engines.qemu.postmigrate import leave_postmigrate
 from stillframe.machine.engines.qemu.spool import Spool
 from stillframe.sockets import listening_unix_socket
 from stillframe.vmstate import layout
@@ -40,7 +43,11 @@ ENDLESS: Final = 1 << 62
 
 _BANDWIDTH: Final = 100 << 30
 _SETUP_SECONDS: Final = 60.0
-_CONVERGE_SECONDS: Final = 30.0
+_DOWNTIME_MS: Final = 100
+"""QEMU stops the guest itself when it expects to need no longer for the rest."""
+_PASSES: Final = 5
+"""Over the guest's memory, after which one that changes it faster than that has to wait for the rest."""
+_ATTENTION_SECONDS: Final = 0.1
 _RESUME_SECONDS: Final = 10.0
 _OVER: Final = frozenset({"completed", "failed", "cancelled"})
 
@@ -62,22 +69,50 @@ class Pause:
             time.sleep(0.002)
 
 
+class Guest(Protocol):
+    """The guest, as far as a capture stops it."""
+
+    def paused(self, stop: Callable[[], None] | None = None) -> AbstractContextManager[Pause]:
+        """A block in which it stands still, stopped by the command or by what is given."""
+        ...
+
+    def runs(self) -> bool:
+        """Whether it runs."""
+        ...
+
+    def stop_asked(self) -> bool:
+        """Whether a client's last word about that was to stop."""
+        ...
+
+    def stopping_itself(self) -> AbstractContextManager[None]:
+        """In the block QEMU may stop it by itself, of which clients do not hear."""
+        ...
+
+
 class MigrationStatus:
-    """What QEMU's MIGRATION events say of the migration that is under way."""
+    """What QEMU's MIGRATION events say of the migration that is under way.
+
+    :ivar passes: how often it has begun to go over the guest's memory.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._status = "none"
+        self.passes = 0
 
     def begin(self) -> None:
         """A new one: nothing that was said counts."""
         with self._changed:
             self._status = "none"
+            self.passes = 0
 
     def hear(self, event: Event) -> None:
-        """A MIGRATION event."""
+        """A MIGRATION event, or MIGRATION_PASS."""
         with self._changed:
-            self._status = str(event.data.get("status"))
+            if event.name == "MIGRATION":
+                self._status = str(event.data.get("status"))
+            else:
+                self.passes = int(event.data.get("pass", 0))
             self._changed.notify_all()
 
     def end(self) -> None:
@@ -187,8 +222,7 @@ class Capture:
 class Capturing:
     """How one QEMU is asked for its state.
 
-    :param paused: a block in which the guest stands still, stopped by the command or by what it is given.
-    :param runs: whether the guest runs.
+    :param directory: its own. :param words: that the user gave it.
     """
 
     def __init__(
@@ -196,14 +230,15 @@ class Capturing:
         monitor: QemuMonitor,
         directory: Path,
         status: MigrationStatus,
-        paused: Callable[[Callable[[], None] | None], AbstractContextManager[Pause]],
-        runs: Callable[[], bool],
+        guest: Guest,
+        words: Sequence[str] = (),
     ) -> None:
         self._monitor = monitor
+        self._directory = directory
         self._path = directory / "migration"
         self._status = status
-        self._paused = paused
-        self._runs = runs
+        self._guest = guest
+        self._words = words
         self._modern = monitor.version >= (8, 0, 0)
 
     def how(self, *, runs: bool) -> tuple[How, str]:
@@ -213,9 +248,7 @@ class Capturing:
         try:
             self._capabilities(background=True)
         except PeerError as error:
-            if not runs:
-                return "stopped", str(error)
-            return "precopy", str(error)
+            return ("precopy" if runs else "stopped"), f"QEMU may not track what its guest writes: {error}"
         return "background", ""
 
     def _capabilities(self, *, background: bool) -> None:
@@ -230,15 +263,20 @@ class Capturing:
         )
 
     @contextmanager
-    def captured(self, at_instant: Callable[[], None]) -> Iterator[Capture]:
+    def captured(
+        self, at_instant: Callable[[], None], refuse_if_cancelled: Callable[[], None]
+    ) -> Iterator[Capture]:
         """The guest's state of one instant, for as long as the block lasts; the guest goes on before it begins.
 
         :param at_instant: called in the pause, when none of the guest's requests is in flight.
+        :param refuse_if_cancelled: called while memory is sent before the pause; raises to end it.
         :raise Failed: QEMU does not give it; the guest goes on.
         """
         self._status.begin()
-        how, why = self.how(runs=self._runs())
-        self._monitor.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH, "downtime-limit": 100})
+        how, why = self.how(runs=self._guest.runs())
+        self._monitor.execute(
+            "migrate-set-parameters", {"max-bandwidth": _BANDWIDTH, "downtime-limit": _DOWNTIME_MS}
+        )
         listener, file = listening_unix_socket(self._path)
         spool = Spool(listener)
         capture = Capture(spool, self._monitor, self._status)
@@ -246,9 +284,12 @@ class Capturing:
         if why:
             _log.warning("The guest may stand still for longer (%s): %s", how, why)
         try:
-            {"background": self._background, "precopy": self._precopy, "stopped": self._stopped}[how](
-                capture, at_instant
-            )
+            if how == "background":
+                self._background(capture, at_instant)
+            elif how == "precopy":
+                self._precopy(capture, at_instant, refuse_if_cancelled)
+            else:
+                self._stopped(capture, at_instant)
             yield capture
         finally:
             try:
@@ -262,7 +303,7 @@ class Capturing:
 
     def _background(self, capture: Capture, at_instant: Callable[[], None]) -> None:
         began = time.monotonic()
-        with self._paused(None) as pause:
+        with self._guest.paused() as pause:
             try:
                 at_instant()
                 self._migrate()
@@ -270,42 +311,67 @@ class Capturing:
                 capture.read_head()
                 capture.wait_for_tracking()
             except BaseException:
-                # It must be over before the guest goes on.
+                # It must be over before the guest goes on, if QEMU has not let it by then.
                 pause.ends_itself = False
-                capture.end(may_cancel=True)
+                capture.end(may_cancel=self._modern)
                 raise
         capture.pause_seconds = time.monotonic() - began
 
-    def _precopy(self, capture: Capture, at_instant: Callable[[], None]) -> None:
-        ran = self._runs()
-        self._capabilities(background=False)
-        self._migrate()
-        if not self._status.wait_for(lambda status: status == "pre-switchover", _CONVERGE_SECONDS):
-            # The guest writes faster than memory can be sent: it has to wait for the rest.
-            capture.why += "; the guest changes its memory faster than it can be sent"
-
+    def _precopy(
+        self, capture: Capture, at_instant: Callable[[], None], refuse_if_cancelled: Callable[[], None]
+    ) -> None:
         def switch_over() -> None:
             self._monitor.execute("stop")
             self._status.wait_for(lambda status: status == "pre-switchover", _SETUP_SECONDS)
             if self._status.now != "pre-switchover":
                 raise capture.failure()
 
-        began = time.monotonic()
-        with self._paused(switch_over) as pause:
-            # QEMU may have stopped it before we looked.
-            pause.ran = ran
-            at_instant()
-            self._monitor.execute("migrate-continue", {"state": "pre-switchover"})
-            self._complete(capture)
+        ran = self._guest.runs()
+        self._capabilities(background=False)
+        with self._guest.stopping_itself():
+            try:
+                self._migrate()
+                while not self._status.wait_for(
+                    lambda status: status == "pre-switchover", _ATTENTION_SECONDS
+                ):
+                    refuse_if_cancelled()
+                    if self._status.passes > _PASSES:
+                        capture.why += "; the guest changes its memory faster than it can be sent"
+                        break
+            except BaseException:
+                self._give_up(capture, ran=ran)
+                raise
+            began = time.monotonic()
+            with self._guest.paused(switch_over) as pause:
+                # Not what it is now: QEMU may have stopped it before we looked.
+                pause.ran = ran and not self._guest.stop_asked()
+                try:
+                    at_instant()
+                    self._monitor.execute("migrate-continue", {"state": "pre-switchover"})
+                    self._complete(capture)
+                except BaseException:
+                    capture.end(may_cancel=True)
+                    raise
         capture.pause_seconds = time.monotonic() - began
+
+    def _give_up(self, capture: Capture, *, ran: bool) -> None:
+        """Before our pause: QEMU may be about to stop the guest, or have stopped it."""
+        with self._guest.paused(lambda: capture.end(may_cancel=True)) as pause:
+            pause.ran = ran and not self._guest.stop_asked()
 
     def _stopped(self, capture: Capture, at_instant: Callable[[], None]) -> None:
         self._set({"background-snapshot": False, "pause-before-switchover": False})
         began = time.monotonic()
-        with self._paused(None):
-            at_instant()
-            self._migrate()
-            self._complete(capture)
+        with self._guest.paused():
+            if self._monitor.execute("query-status")["status"] == "postmigrate":
+                leave_postmigrate(self._monitor, self._directory, self._words)
+            try:
+                at_instant()
+                self._migrate()
+                self._complete(capture)
+            except BaseException:
+                capture.end(may_cancel=True)
+                raise
         capture.pause_seconds = time.monotonic() - began
 
     def _complete(self, capture: Capture) -> None:

@@ -67,6 +67,8 @@ class QemuMachine:
         self._serial = SerialRelay(config.console) if config.console is not None else None
         self._control = threading.RLock()
         self._quiet = 0
+        self._stops_itself = False
+        self._stop_asked = False
         self._number = 0
         self._state = RunState.PRELAUNCH
         self._memory_lost: str | None = None
@@ -153,7 +155,7 @@ class QemuMachine:
         process: QemuProcess | None = None
 
         def hear(event: Event) -> None:
-            if event.name == "MIGRATION":
+            if event.name in _HIDDEN_EVENTS:
                 status.hear(event)
             if process is self._process or process is None:
                 self._hear(event)
@@ -172,6 +174,8 @@ class QemuMachine:
 
     def _hear(self, event: Event) -> None:
         if event.name in _HIDDEN_EVENTS or (self._quiet and event.name in ("STOP", "RESUME")):
+            return
+        if event.name == "STOP" and self._stops_itself and not self._stop_asked:
             return
         if event.name == "SHUTDOWN":
             if self._shutdown is not None:
@@ -225,6 +229,7 @@ class QemuMachine:
     def stop(self) -> None:
         """Pause the guest; a pause of ours is waited for."""
         with self._control:
+            self._stop_asked = True
             self._ask("stop")
 
     def cont(self) -> None:
@@ -232,6 +237,7 @@ class QemuMachine:
         self.refuse_without_memory()
         with self._control:
             self._ask("cont")
+            self._stop_asked = False
 
     def reset(self) -> None:
         """Press the reset button."""
@@ -263,12 +269,12 @@ class QemuMachine:
 
     def at_instant(self, fn: Callable[[], None]) -> int:
         """See `control.MachineControl`."""
-        with self._paused(), self._exports.held():
+        with self.paused(), self._exports.held():
             fn()
         return 0
 
     @contextmanager
-    def _paused(self, stop: Callable[[], None] | None = None) -> Iterator[Pause]:
+    def paused(self, stop: Callable[[], None] | None = None) -> Iterator[Pause]:
         """Nobody else changes the run state, and clients hear nothing of ours; at the end the guest runs if it ran before.
 
         :param stop: stops it in another way than by the command.
@@ -295,12 +301,25 @@ class QemuMachine:
         """Whether QEMU says so."""
         return self._query_state(_QUIT_SECONDS) is RunState.RUNNING
 
+    def stop_asked(self) -> bool:
+        """See `capture.Guest`."""
+        return self._stop_asked
+
+    @contextmanager
+    def stopping_itself(self) -> Iterator[None]:
+        """See `capture.Guest`."""
+        self._stops_itself = True
+        try:
+            yield
+        finally:
+            self._stops_itself = False
+
     @contextmanager
     def standing_still(self) -> Iterator[None]:
         """See `control.StreamedMachine`. Clients hear of it, as of a load of QEMU's."""
         ran = False
         try:
-            with self._paused() as pause:
+            with self.paused() as pause:
                 ran = pause.ran
                 if ran:
                     self.events.emit("STOP")
@@ -310,7 +329,9 @@ class QemuMachine:
                 self.events.emit("RESUME")
 
     @contextmanager
-    def captured(self, at_instant: Callable[[], None]) -> Iterator[Capture]:
+    def captured(
+        self, at_instant: Callable[[], None], refuse_if_cancelled: Callable[[], None] = lambda: None
+    ) -> Iterator[Capture]:
         """See `control.StreamedMachine`."""
 
         def with_disks_at_rest() -> None:
@@ -318,8 +339,8 @@ class QemuMachine:
                 at_instant()
 
         process = self._qemu
-        capturing = Capturing(process.monitor, process.directory, self._status, self._paused, self.runs)
-        with capturing.captured(with_disks_at_rest) as capture:
+        capturing = Capturing(process.monitor, process.directory, self._status, self, self._config.words)
+        with capturing.captured(with_disks_at_rest, refuse_if_cancelled) as capture:
             yield capture
 
     def refuse_outside_state(self) -> None:

@@ -49,6 +49,7 @@ class QemuProcess:
     ) -> None:
         self.directory = directory
         self._serial = serial
+        self._words_taken = 0
         argv = [*words, *self._socket_words()]
         try:
             with (directory / "errors").open("wb") as errors:
@@ -113,13 +114,20 @@ class QemuProcess:
 
     @property
     def last_words(self) -> str:
-        """The end of what it printed, as one line; empty if it said nothing."""
+        """The end of what it printed and nobody took, as one line; empty if it said nothing."""
         try:
-            data = (self.directory / "errors").read_bytes()[-_ERRORS_SHOWN:]
+            data = (self.directory / "errors").read_bytes()[self._words_taken :][-_ERRORS_SHOWN:]
         except OSError:
             return ""
         lines = [line.strip() for line in data.decode("utf-8", "replace").splitlines() if line.strip()]
         return "; ".join(lines[-5:])
+
+    def take_last_words(self) -> str:
+        """`last_words`, once."""
+        words = self.last_words
+        with contextlib.suppress(OSError):
+            self._words_taken = (self.directory / "errors").stat().st_size
+        return words
 
     @property
     def exit_text(self) -> str:

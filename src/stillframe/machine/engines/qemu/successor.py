@@ -38,11 +38,17 @@ class QemuSuccessor:
         )
         monitor.execute("migrate-incoming", {"uri": f"unix:{self.process.directory / 'migration'}"})
 
-    def refuse_without_faults(self) -> None:
-        """:raise PeerError: this QEMU cannot have its memory come later, in its words."""
-        self.process.monitor.execute(
-            "migrate-set-capabilities", {"capabilities": [{"capability": "postcopy-ram", "state": True}]}
-        )
+    def refusal_of_later(self) -> str:
+        """See `control.Successor`."""
+        try:
+            self.process.monitor.execute(
+                "migrate-set-capabilities", {"capabilities": [{"capability": "postcopy-ram", "state": True}]}
+            )
+        except PeerError as error:
+            # What it printed with that is not why it may refuse a state.
+            words = self.process.take_last_words()
+            return f"QEMU cannot fetch missing pages: {words or error}"
+        return ""
 
     def offer(self, state: StoredState) -> None:
         """See `control.Successor`."""

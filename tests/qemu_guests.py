@@ -1,0 +1,120 @@
+"""Linux guests that an unmodified QEMU runs for stillframe: what the tests of that engine share."""
+
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peers import checking_guest, peer
+from running import RunningMachine
+from stillframe.client import Client
+from stillframe.client.job import JobState
+
+VERSIONS = ["7.2", "10.0"]
+BEAT = r"HB (\d+) t=\d+ gap=\d+ bad=(\d+) nonce=([0-9a-f]+)"
+MACHINE = "pc-q35-7.2"
+CPU = "qemu64,-cx16"
+"""See docs/guest.md: with it, 7.2 sometimes fails to start this kernel."""
+APPEND = "console=ttyS0 quiet no_timer_check period=20 mb=8"
+
+
+def create(image: Path, size: str = "64M") -> None:
+    subprocess.run([peer("qemu-img"), "create", "-q", "-f", "qcow2", str(image), size], check=True)
+
+
+def check_image(image: Path, *, in_use: bool = False) -> None:
+    """A machine at work has clusters that it will use: they look lost, and nothing else is wrong."""
+    done = subprocess.run([peer("qemu-img"), "check", "-U", str(image)], stdout=subprocess.PIPE, text=True)
+    assert done.returncode in ((0, 3) if in_use else (0,)), done.stdout
+
+
+def without_userfaultfd(directory: Path, program: str) -> str:
+    """A script that runs `program` where the kernel gives it no userfaultfd for its own accesses to memory.
+
+    A process of root's gets one by its rights or by the device; anybody else has none as hosts are usually set up.
+    """
+    script = directory / "no-userfaultfd"
+    command = f'exec {shlex.quote(program)} "$@"'
+    if os.geteuid() == 0:
+        without = "setpriv --bounding-set -sys_ptrace --inh-caps -sys_ptrace"
+        inner = f'mount --bind /dev/null /dev/userfaultfd; exec {without} {shlex.quote(program)} "$@"'
+        command = f'exec unshare --mount sh -c {shlex.quote(inner)} sh "$@"'
+    script.write_text(f"#!/bin/sh\n{command}\n")
+    script.chmod(0o755)
+    return str(script)
+
+
+class GuestMachine(RunningMachine):
+    """`stillframe run --engine qemu` with a Linux guest on one disk, `root`.
+
+    :param version: of QEMU; see `VERSIONS`. :param options: further ones of ours. :param words: further ones of QEMU's.
+    :param program: instead of that version's. :param initrd: "check-initrd" or another of `linux_guest`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        version: str,
+        *options: str,
+        words: Sequence[str] = (),
+        program: str | None = None,
+        initrd: str = "check-initrd",
+        append: str = APPEND,
+        memory: str = "128M",
+    ) -> None:
+        files = checking_guest("x86_64")
+        self.version = version
+        self.able = True
+        """Whether its QEMU may track what the guest writes."""
+        self.image = directory / "root.qcow2"
+        if not self.image.exists():
+            directory.mkdir(parents=True, exist_ok=True)
+            create(self.image)
+        program = program or peer("qemu-system-x86_64", version)
+        ours = ["--engine", "qemu", "--qemu", program, "--machine", MACHINE, "--memory", memory]
+        ours += ["--kernel", str(files["kernel"]), "--initrd", str(files[initrd]), "--append", append]
+        ours += ["--blockdev", f"driver=qcow2,node-name=root,file.driver=file,file.filename={self.image}"]
+        ours += ["--device", "virtio-blk-pci,drive=root", *options, "--", "-cpu", CPU]
+        ours += ["-nodefaults", "-no-user-config", "-device", "virtio-rng-pci,id=rng", *words]
+        super().__init__(directory / "machine", *ours)
+
+    def beat(self) -> int:
+        """The number of a heartbeat to come; it found no fault."""
+        self.console.skip()
+        found = self.console.until(BEAT)
+        assert found[2] == "0", found[0]
+        return int(found[1])
+
+    def tags(self, device: int = 0) -> list[str]:
+        """The snapshots of the first disk."""
+        block = next(each for each in self.execute("query-block") if each["inserted"]["node-name"] == "root")
+        return [each["name"] for each in block["inserted"]["image"].get("snapshots", ())]
+
+    def job(self, command: str, tag: str, *devices: str, **more: Any) -> JobState:
+        """Run `snapshot-save` or another; how it was done.
+
+        :param more: further arguments. :raise StillframeError: it failed.
+        """
+        nodes = devices or ("root",)
+        arguments: dict[str, Any] = {"tag": tag, "vmstate": nodes[0], "devices": list(nodes), **more}
+
+        async def run(client: Client) -> JobState:
+            return await client.run_job(command, arguments)
+
+        return self.talk(run)
+
+    def way(
+        self, command: str, tag: str, *devices: str, what: str = "memory", **more: Any
+    ) -> tuple[str, str]:
+        """Run it; which way it was done, and why not better."""
+        done = self.job(command, tag, *devices, **more)
+        return next((each.chosen, each.why) for each in done.choices if each.what == what)
+
+    def delete(self, tag: str, *devices: str) -> None:
+        self.talk(lambda client: client.delete(tag, devices=list(devices or ("root",))))
+
+    def status(self) -> str:
+        """The run state, in QEMU's word."""
+        return str(self.execute("query-status")["status"])
