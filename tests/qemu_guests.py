@@ -50,7 +50,8 @@ class GuestMachine(RunningMachine):
     """`stillframe run --engine qemu` with a Linux guest on one disk, `root`.
 
     :param version: of QEMU; see `VERSIONS`. :param options: further ones of ours. :param words: further ones of QEMU's.
-    :param program: instead of that version's. :param initrd: "check-initrd" or another of `linux_guest`.
+    :param program: instead of that version's. :param initrd: "check-initrd" or another of `linux_guest`; None for no Linux at all.
+    :param flash: node-name, driver and image of each bank; that called "code" is read-only.
     """
 
     def __init__(
@@ -60,8 +61,9 @@ class GuestMachine(RunningMachine):
         *options: str,
         words: Sequence[str] = (),
         program: str | None = None,
-        initrd: str = "check-initrd",
+        initrd: str | None = "check-initrd",
         append: str = APPEND,
+        flash: Sequence[tuple[str, str, Path]] = (),
         memory: str = "128M",
     ) -> None:
         files = checking_guest("x86_64")
@@ -74,9 +76,18 @@ class GuestMachine(RunningMachine):
             create(self.image)
         program = program or peer("qemu-system-x86_64", version)
         ours = ["--engine", "qemu", "--qemu", program, "--machine", MACHINE, "--memory", memory]
-        ours += ["--kernel", str(files["kernel"]), "--initrd", str(files[initrd]), "--append", append]
+        if initrd is not None:
+            ours += ["--kernel", str(files["kernel"]), "--initrd", str(files[initrd]), "--append", append]
         ours += ["--blockdev", f"driver=qcow2,node-name=root,file.driver=file,file.filename={self.image}"]
-        ours += ["--device", "virtio-blk-pci,drive=root", *options, "--", "-cpu", CPU]
+        ours += ["--device", "virtio-blk-pci,drive=root", *options]
+        for name, driver, path in flash:
+            read_only = ",read-only=on" if name == "code" else ""
+            ours += [
+                "--blockdev",
+                f"driver={driver},node-name={name},file.driver=file,file.filename={path}{read_only}",
+            ]
+            ours += ["--flash", name]
+        ours += ["--", "-cpu", CPU]
         ours += ["-nodefaults", "-no-user-config", "-device", "virtio-rng-pci,id=rng", *words]
         super().__init__(directory / "machine", *ours)
 

@@ -102,7 +102,7 @@ def test_guest_that_stays_paused_is_saved_again_and_runs_no_instruction_for_it(m
     machine.execute("cont")
 
 
-@pytest.mark.parametrize("progress", [0, 1, 4 << 20])
+@pytest.mark.parametrize("progress", [0, 4 << 20])
 def test_save_that_is_cancelled_on_its_way_leaves_nothing_and_the_next_one_works(
     machine: GuestMachine, progress: int
 ) -> None:

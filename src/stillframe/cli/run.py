@@ -67,6 +67,7 @@ class RunOptions:
     keep_after_shutdown: bool
     engine: str
     qemu: str
+    agent: bool
     devices_as_given: tuple[str, ...]
     words: tuple[str, ...]
 
@@ -118,6 +119,9 @@ consistent. A second one ends it at once."""
 @click.option(
     "--qemu", default="qemu-system-x86_64", show_default=True, metavar="PROGRAM", help="Which QEMU it is."
 )
+@click.option(
+    "--agent", is_flag=True, help="A port for QEMU's guest agent, for `save --quiesce`; with --engine qemu."
+)
 @click.option("--machine", "board", help="The board: virt (the default), or none for nodes alone; or QEMU's.")
 @click.option("--memory", default="128M", show_default=True, metavar="SIZE", help="The guest's memory.")
 @click.option(
@@ -164,6 +168,7 @@ def run(
     name: str | None,
     engine: str,
     qemu: str,
+    agent: bool,
     board: str | None,
     memory: str,
     kernel: Path | None,
@@ -188,6 +193,8 @@ def run(
         raise InvalidRequest(
             f"'{' '.join(words)}' is for a QEMU, and the engine is {engine}", remedy="Add --engine qemu."
         )
+    if agent and engine != "qemu":
+        raise InvalidRequest("A guest agent's port is for --engine qemu", remedy="Leave --agent out.")
     standard = "none" if detach or "stdio" in addresses else "stdio"
     console_options = parse_console(console or standard)
     options = RunOptions(
@@ -210,6 +217,7 @@ def run(
         keep_after_shutdown=no_shutdown,
         engine=engine,
         qemu=qemu,
+        agent=agent,
         devices_as_given=devices,
         words=words,
     )
@@ -349,6 +357,7 @@ def _qemu_config(options: RunOptions, graph: "BlockGraph", console: "Console") -
         flash=options.flash,
         words=options.words,
         console=None if options.console.kind == "none" else console,
+        agent=options.agent,
     )
 
 

@@ -128,6 +128,11 @@ behind, and the guest goes on."""
 @_devices_option
 @_vmstate_option
 @_speed_option
+@click.option(
+    "--quiesce",
+    type=click.Choice(["required", "try"]),
+    help="Freeze the guest's file systems for the instant, through its agent; with `try` go on without.",
+)
 @_JOB_ID
 @_JSON
 def save(
@@ -136,6 +141,7 @@ def save(
     devices: str | None,
     vmstate: str | None,
     speed: int | None,
+    quiesce: str | None,
     job_id: str | None,
     as_json: bool,
 ) -> None:
@@ -152,6 +158,7 @@ def save(
             vmstate=chosen.home,
             devices=chosen.devices,
             speed=speed or 0,
+            quiesce=quiesce,
             job_id=job_id,
             progress=listener,
         ),

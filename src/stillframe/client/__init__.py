@@ -364,6 +364,7 @@ class Client:
         vmstate: str,
         devices: Sequence[str],
         speed: int = 0,
+        quiesce: str | None = None,
         job_id: str | None = None,
         progress: ProgressListener | None = None,
     ) -> JobState:
@@ -371,10 +372,13 @@ class Client:
         `snapshot-save`.
 
         :param speed: at most so many bytes of machine state a second; 0 for no limit. :raise Unsupported: the server knows none.
+        :param quiesce: "required" or "try": the guest's file systems are frozen for the instant.
         :raise JobFailed: nothing was saved, and the guest goes on.
         """
         arguments: dict[str, Any] = {"tag": tag, "vmstate": vmstate, "devices": list(devices)}
         arguments |= await self._limit("snapshot-save", speed)
+        if quiesce is not None:
+            arguments["quiesce"] = quiesce
         return await self.run_job("snapshot-save", arguments, job_id=job_id, progress=progress)
 
     async def load(

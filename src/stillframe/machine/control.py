@@ -7,6 +7,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 from stillframe.events import EventBus
@@ -15,6 +16,13 @@ from stillframe.machine.run_state import RunState
 from stillframe.vmstate.page_index import PageIndex
 from stillframe.vmstate.relayed import RelayedHead
 from stillframe.vmstate.transfer import StateSource
+
+
+class Quiesce(Enum):
+    """Whether the guest's file systems are to stand still at the instant of a save."""
+
+    REQUIRED = "required"
+    TRY = "try"
 
 
 class OtherMonitor(Protocol):
@@ -79,7 +87,11 @@ class CapturedState(Protocol):
 
     :ivar how: which way it is taken. :ivar why: why not a better one; empty for the best.
     :ivar head: the stream's beginning. :ivar pause_seconds: how long the guest stood still.
+    :ivar not_quiesced: why the guest's file systems were not frozen, where that was to be tried; empty if they were.
     """
+
+    @property
+    def not_quiesced(self) -> str: ...
 
     @property
     def how(self) -> str: ...
@@ -160,12 +172,16 @@ class StreamedMachine(MachineControl, Protocol):
         ...
 
     def captured(
-        self, at_instant: Callable[[], None], refuse_if_cancelled: Callable[[], None] = lambda: None
+        self,
+        at_instant: Callable[[], None],
+        refuse_if_cancelled: Callable[[], None] = lambda: None,
+        quiesce: Quiesce | None = None,
     ) -> AbstractContextManager[CapturedState]:
         """The state of one instant; the guest goes on before the block begins.
 
         :param at_instant: called in the pause, with no request in flight.
         :param refuse_if_cancelled: called while much is to be done before the pause; raises to end it, and never waits.
+        :param quiesce: freeze the guest's file systems for it, which are thawed whatever comes. :raise Refused: they cannot be.
         :raise Failed: there is none to be had; the guest goes on.
         """
         ...

@@ -5,10 +5,11 @@ by a successor that takes it (streamed_save.py, streamed_load.py). Both remember
 """
 
 from functools import partial
-from typing import Protocol
+from typing import Final, Protocol
 from uuid import UUID
 
-from stillframe.machine.control import StreamedMachine
+from stillframe.errors import Unsupported
+from stillframe.machine.control import Quiesce, StreamedMachine
 from stillframe.machine.machine import Machine
 from stillframe.machine.tracking import HashName, track
 from stillframe.snapshots.context import AtRest, Context
@@ -19,12 +20,14 @@ from stillframe.snapshots.selection import LoadSelection, SaveSelection
 from stillframe.snapshots.streamed_load import load_streamed
 from stillframe.snapshots.streamed_save import save_streamed
 
+_NO_AGENT: Final = "this engine's machine has no port for a guest agent"
+
 
 class Keeping(Protocol):
     """Of one machine; called by one snapshot operation at a time."""
 
-    def save(self, selection: SaveSelection, context: Context) -> None:
-        """See `save.save`."""
+    def save(self, selection: SaveSelection, context: Context, *, quiesce: Quiesce | None = None) -> None:
+        """See `save.save`. :param quiesce: the guest's file systems stand still for it."""
         ...
 
     def load(self, selection: LoadSelection, context: Context, *, eager: bool = False) -> None:
@@ -40,7 +43,11 @@ class InProcess:
         self._at_rest = at_rest
         self.ground = Ground(machine, partial(track, algorithm=algorithm))
 
-    def save(self, selection: SaveSelection, context: Context) -> None:
+    def save(self, selection: SaveSelection, context: Context, *, quiesce: Quiesce | None = None) -> None:
+        if quiesce is Quiesce.REQUIRED:
+            raise Unsupported(f"The guest's file systems cannot be frozen: {_NO_AGENT}")
+        if quiesce is not None:
+            context.chose("file-systems", "running", _NO_AGENT)
         save(self._machine, selection, context, ground=self.ground, at_rest=self._at_rest)
 
     def load(self, selection: LoadSelection, context: Context, *, eager: bool = False) -> None:
@@ -55,9 +62,9 @@ class Streamed:
         self._at_rest = at_rest
         self.standing: UUID | None = None
 
-    def save(self, selection: SaveSelection, context: Context) -> None:
+    def save(self, selection: SaveSelection, context: Context, *, quiesce: Quiesce | None = None) -> None:
         self.standing = save_streamed(
-            self._machine, selection, context, standing=self.standing, at_rest=self._at_rest
+            self._machine, selection, context, standing=self.standing, at_rest=self._at_rest, quiesce=quiesce
         )
 
     def load(self, selection: LoadSelection, context: Context, *, eager: bool = False) -> None:

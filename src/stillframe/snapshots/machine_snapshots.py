@@ -15,7 +15,7 @@ from stillframe.block.graph import BlockGraph
 from stillframe.block.node import SnapshotInfo
 from stillframe.errors import NotFound
 from stillframe.jobs import JobQueue
-from stillframe.machine.control import StreamedMachine
+from stillframe.machine.control import Quiesce, StreamedMachine
 from stillframe.machine.machine import Machine
 from stillframe.machine.tracking import HashName
 from stillframe.snapshots import all_nodes, internal, recovery, selection
@@ -63,15 +63,24 @@ class MachineSnapshots:
 
     # With a list of nodes: snapshot-save, snapshot-load, snapshot-delete.
 
-    def save(self, context: Context, tag: str, vmstate: str, devices: Sequence[str]) -> None:
+    def save(
+        self,
+        context: Context,
+        tag: str,
+        vmstate: str,
+        devices: Sequence[str],
+        *,
+        quiesce: Quiesce | None = None,
+    ) -> None:
         """Snapshot the machine onto these nodes.
 
-        :param vmstate: which of them gets the machine state. :raise Refused: nothing was touched.
+        :param vmstate: which of them gets the machine state. :param quiesce: the guest's file systems stand still for it.
+        :raise Refused: nothing was touched.
         :raise Failed: nothing is left behind. :raise Cancelled: nothing is left behind.
         """
         self.recover()
         chosen = selection.for_save(selection.listed(self._graph, devices), tag, vmstate)
-        self._save(context, chosen)
+        self._save(context, chosen, quiesce=quiesce)
 
     def load(
         self, context: Context, tag: str, vmstate: str, devices: Sequence[str], *, eager: bool = False
@@ -158,9 +167,9 @@ class MachineSnapshots:
                 stack.enter_context(self._graph.hold(node.node, doing))
             yield
 
-    def _save(self, context: Context, chosen: SaveSelection) -> None:
+    def _save(self, context: Context, chosen: SaveSelection, *, quiesce: Quiesce | None = None) -> None:
         with self._held(chosen.nodes, "snapshot-save"):
-            self.keeping.save(chosen, context)
+            self.keeping.save(chosen, context, quiesce=quiesce)
 
     def _load(self, context: Context, chosen: LoadSelection, *, eager: bool = False) -> None:
         with self._held([found.node for found in chosen.all], "snapshot-load"):

@@ -26,7 +26,7 @@ from stillframe.snapshots.group import all_or_none
 from stillframe.snapshots.load import explained, reverts
 from stillframe.snapshots.selection import Found, LoadSelection
 from stillframe.snapshots.staging import refuse_without_room
-from stillframe.snapshots.streamed_save import MAXIMUM_DEVICE_STATE
+from stillframe.snapshots.streamed_save import MAXIMUM_DEVICE_STATE, tell_left_out
 from stillframe.vmstate import layout
 from stillframe.vmstate.relayed import read_head, read_tail
 from stillframe.vmstate.transfer import StateSource
@@ -64,6 +64,10 @@ def load_streamed(
             later = None
         context.checkpoint()
         context.chose("memory", "eager" if later is None else "lazy", why)
+        names = [each.node.name for each in selection.all]
+        tell_left_out(
+            machine, names, context, "its content comes with the machine state and is written into it"
+        )
         with at_rest(), machine.standing_still():
             with explained():
                 _offer(successor, later, snapshot.state_size, read, context, total)

@@ -8,13 +8,14 @@
 Before 4 every failure and every cancel leaves nothing behind, and the guest runs as before.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from uuid import UUID, uuid4
 
 from stillframe.block.node import PageIndexPlace, PendingSnapshot
 from stillframe.errors import Corrupt, IOFailed, LimitReached, NotFound, Unsupported
-from stillframe.machine.control import CapturedState, StreamedMachine
+from stillframe.machine.control import CapturedState, Quiesce, StreamedMachine
 from stillframe.snapshots.context import AtRest, Context, told
 from stillframe.snapshots.ground import Base, find_base, page_index_checksum, read_page_index
 from stillframe.snapshots.group import frozen_nodes
@@ -37,11 +38,12 @@ def save_streamed(
     standing: UUID | None = None,
     at_rest: AtRest = nullcontext,
     description: str = "",
+    quiesce: Quiesce | None = None,
 ) -> UUID:
     """Make the snapshot; the guest goes on as it did, whatever comes of it.
 
     :param standing: the snapshot that the machine was last saved to or loaded from.
-    :param at_rest: held for the instant.
+    :param at_rest: held for the instant. :param quiesce: the guest's file systems stand still for it.
     :return: the UUID of the state node's snapshot.
     :raise Refused: nothing was touched. :raise Cancelled: :raise Failed: nothing is left behind.
     """
@@ -49,6 +51,12 @@ def save_streamed(
     machine.refuse_outside_state()
     total = machine.memory_size + 1
     context.progress(0, total)
+    tell_left_out(
+        machine,
+        [node.name for node in selection.nodes],
+        context,
+        "the machine state has it, and a load writes it back",
+    )
     for node in selection.nodes:
         context.checkpoint()
         node.node.flush()
@@ -62,7 +70,11 @@ def save_streamed(
 
         with ExitStack() as stack:
             with at_rest():
-                capture = stack.enter_context(machine.captured(freeze, context.refuse_if_cancelled))
+                capture = stack.enter_context(machine.captured(freeze, context.refuse_if_cancelled, quiesce))
+            if quiesce is not None:
+                context.chose(
+                    "file-systems", "running" if capture.not_quiesced else "frozen", capture.not_quiesced
+                )
             pending = frozen.pending(selection.state.name)
             try:
                 place, tail = _write(capture, selection.state, pending, standing, context, total)
@@ -74,6 +86,21 @@ def save_streamed(
         identity = commit_save(selection, frozen, when, context, standing, description, place)
     context.progress(total, total)
     return identity
+
+
+def tell_left_out(machine: StreamedMachine, names: Sequence[str], context: Context, of_firmware: str) -> None:
+    """Name in the job what the guest can write to and the snapshot does not have.
+
+    :param names: of the nodes that it has. :param of_firmware: what becomes of the content of a flash bank.
+    """
+    for disk in machine.disks:
+        if disk.writable and disk.node_name not in names:
+            why = (
+                f"it is flash: {of_firmware}"
+                if disk.firmware
+                else "it is not listed: a load leaves it as it is"
+            )
+            context.chose("left-out", disk.node_name, why)
 
 
 def _write(

@@ -8,6 +8,7 @@ bytes.
 import msgspec
 
 from stillframe.jobs import JobContext
+from stillframe.machine.control import Quiesce
 from stillframe.monitor.host import Host
 from stillframe.monitor.schema import Structure, command
 
@@ -19,6 +20,7 @@ class SaveArguments(Structure):
     :param tag: the snapshot's name, at most 255 bytes.
     :param vmstate: the node-name of the device that gets the machine state; one of `devices`.
     :param devices: the node-names of all devices to snapshot.
+    :param quiesce: the guest's file systems are frozen for the instant, through its agent: required, or try. Not QEMU's.
     :param speed: at most so many bytes of machine state a second; 0, the default, for no limit. Not QEMU's.
     """
 
@@ -26,6 +28,7 @@ class SaveArguments(Structure):
     tag: str
     vmstate: str
     devices: list[str]
+    quiesce: Quiesce | msgspec.UnsetType = msgspec.UNSET
     speed: int | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -74,7 +77,8 @@ def snapshot_save(host: Host, arguments: SaveArguments) -> None:
     """
 
     def body(context: JobContext) -> None:
-        host.snapshots.save(context, arguments.tag, arguments.vmstate, arguments.devices)
+        quiesce = None if isinstance(arguments.quiesce, msgspec.UnsetType) else arguments.quiesce
+        host.snapshots.save(context, arguments.tag, arguments.vmstate, arguments.devices, quiesce=quiesce)
 
     host.jobs.create(
         arguments.job_id, "snapshot-save", body, queue=host.snapshots.queue, speed=_speed(arguments.speed)

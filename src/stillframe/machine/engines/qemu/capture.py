@@ -141,7 +141,7 @@ class Capture:
     """A stream on its way; made by `captured`.
 
     :ivar how: :ivar why: see the module's text. :ivar head: the stream's beginning, which has been read.
-    :ivar pause_seconds: how long the guest stood still.
+    :ivar pause_seconds: how long the guest stood still. :ivar not_quiesced: as `control.CapturedState`.
     """
 
     def __init__(self, spool: Spool, monitor: QemuMonitor, status: MigrationStatus) -> None:
@@ -151,6 +151,7 @@ class Capture:
         self.how: How = "background"
         self.why = ""
         self.pause_seconds = 0.0
+        self.not_quiesced = ""
         self.head: RelayedHead
 
     def read_head(self) -> None:
@@ -264,12 +265,16 @@ class Capturing:
 
     @contextmanager
     def captured(
-        self, at_instant: Callable[[], None], refuse_if_cancelled: Callable[[], None]
+        self,
+        at_instant: Callable[[], None],
+        refuse_if_cancelled: Callable[[], None],
+        quiesced: Callable[[], AbstractContextManager[str]],
     ) -> Iterator[Capture]:
         """The guest's state of one instant, for as long as the block lasts; the guest goes on before it begins.
 
         :param at_instant: called in the pause, when none of the guest's requests is in flight.
         :param refuse_if_cancelled: called while memory is sent before the pause; raises to end it.
+        :param quiesced: a block in which the guest's file systems are frozen, or why they are not.
         :raise Failed: QEMU does not give it; the guest goes on.
         """
         self._status.begin()
@@ -284,12 +289,13 @@ class Capturing:
         if why:
             _log.warning("The guest may stand still for longer (%s): %s", how, why)
         try:
-            if how == "background":
-                self._background(capture, at_instant)
-            elif how == "precopy":
-                self._precopy(capture, at_instant, refuse_if_cancelled)
-            else:
-                self._stopped(capture, at_instant)
+            with quiesced() as capture.not_quiesced:
+                if how == "background":
+                    self._background(capture, at_instant)
+                elif how == "precopy":
+                    self._precopy(capture, at_instant, refuse_if_cancelled)
+                else:
+                    self._stopped(capture, at_instant)
             yield capture
         finally:
             try:

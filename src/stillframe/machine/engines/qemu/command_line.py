@@ -36,6 +36,7 @@ class QemuConfig:
     :param devices: as its `-device`; those with `drive=` name a node. :param nodes: that the devices and flash use, by node-name.
     :param flash: node-names of the flash banks, in their order. :param words: all else, handed on.
     :param console: the first serial port's other end; None: QEMU's own choice.
+    :param agent: the guest gets a port for QEMU's guest agent, whose other end is ours.
     """
 
     name: str | None
@@ -51,6 +52,7 @@ class QemuConfig:
     flash: tuple[str, ...]
     words: tuple[str, ...]
     console: Console | None
+    agent: bool = False
 
 
 def refuse_words(words: Sequence[str]) -> None:

@@ -17,12 +17,14 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from stillframe.errors import CommandNotFound, PeerError, Refused
 from stillframe.events import Event, EventBus
-from stillframe.machine.control import Successor
+from stillframe.machine.control import Quiesce, Successor
+from stillframe.machine.engines.qemu.agent import GuestAgent, thaw, wake
 from stillframe.machine.engines.qemu.capture import Capture, Capturing, MigrationStatus, Pause
 from stillframe.machine.engines.qemu.command_line import QemuConfig, command_line, drive_of
 from stillframe.machine.engines.qemu.console import SerialRelay
@@ -69,6 +71,7 @@ class QemuMachine:
         self._quiet = 0
         self._stops_itself = False
         self._stop_asked = False
+        self._wake_due = False
         self._number = 0
         self._state = RunState.PRELAUNCH
         self._memory_lost: str | None = None
@@ -165,7 +168,9 @@ class QemuMachine:
             if process is not None and process is self._process:
                 self._has_ended(process)
 
-        process = QemuProcess(words, directory, hear, ended, serial=self._serial is not None)
+        process = QemuProcess(
+            words, directory, hear, ended, serial=self._serial is not None, agent=self._config.agent
+        )
         return process
 
     def _attach_serial(self, process: QemuProcess) -> None:
@@ -238,6 +243,7 @@ class QemuMachine:
         with self._control:
             self._ask("cont")
             self._stop_asked = False
+        self._wake_if_due()
 
     def reset(self) -> None:
         """Press the reset button."""
@@ -327,10 +333,14 @@ class QemuMachine:
         finally:
             if ran:
                 self.events.emit("RESUME")
+                self._wake_if_due()
 
     @contextmanager
     def captured(
-        self, at_instant: Callable[[], None], refuse_if_cancelled: Callable[[], None] = lambda: None
+        self,
+        at_instant: Callable[[], None],
+        refuse_if_cancelled: Callable[[], None] = lambda: None,
+        quiesce: Quiesce | None = None,
     ) -> Iterator[Capture]:
         """See `control.StreamedMachine`."""
 
@@ -340,8 +350,67 @@ class QemuMachine:
 
         process = self._qemu
         capturing = Capturing(process.monitor, process.directory, self._status, self, self._config.words)
-        with capturing.captured(with_disks_at_rest, refuse_if_cancelled) as capture:
+        quiesced = partial(self._quiesced, quiesce)
+        with capturing.captured(with_disks_at_rest, refuse_if_cancelled, quiesced) as capture:
             yield capture
+
+    @contextmanager
+    def _quiesced(self, asked: Quiesce | None) -> Iterator[str]:
+        """The guest's file systems are frozen in the block, or why they are not."""
+        why = "" if asked is None else self._freeze()
+        if why and asked is Quiesce.REQUIRED:
+            raise Refused(
+                f"The guest's file systems cannot be frozen: {why}",
+                remedy="Run QEMU's guest agent in the guest and the machine with --agent, or save with `--quiesce try`.",
+            )
+        try:
+            yield why
+        finally:
+            if asked is not None and not why:
+                self._thaw()
+
+    @property
+    def _agent_path(self) -> Path:
+        return self._qemu.directory / "agent"
+
+    def _freeze(self) -> str:
+        """Why it could not be done; empty if it is."""
+        if not self._config.agent:
+            return "the machine has no port for a guest agent"
+        if not self.runs():
+            return "the guest is paused, and so is its agent"
+        try:
+            agent = GuestAgent(self._agent_path)
+        except PeerError as error:
+            return str(error)
+        with contextlib.closing(agent):
+            try:
+                agent.freeze()
+            except PeerError as error:
+                why = str(error)
+            else:
+                return ""
+        self._thaw()
+        return why
+
+    def _thaw(self) -> None:
+        """:raise PeerError: the agent did not say that it has; it is asked again when the guest runs next."""
+        if self._qemu.monitor.ended:
+            return
+        try:
+            thaw(self._agent_path, self.runs)
+        except PeerError as error:
+            self._wake_due = True
+            raise PeerError(
+                f"The guest's file systems may still be frozen: {error}",
+                left="Nothing was saved; the guest's agent is asked again at the next `cont`",
+            ) from error
+
+    def _wake_if_due(self) -> None:
+        """The guest runs, after a load or after a thaw that failed: its agent is spoken with beside all else."""
+        if self._wake_due and self._config.agent:
+            self._wake_due = False
+            threading.Thread(target=wake, args=(self._agent_path,), name="guest-agent", daemon=True).start()
 
     def refuse_outside_state(self) -> None:
         """See `control.StreamedMachine`."""
@@ -367,6 +436,7 @@ class QemuMachine:
             raise TypeError("the successor of a QEMU is a QEMU")
         former, self._process, self._status = self._qemu, successor.process, successor.status
         self._memory_lost = None
+        self._wake_due = True
         self._attach_serial(successor.process)
         former.kill()
         former.remove_files()

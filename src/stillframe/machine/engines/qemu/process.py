@@ -3,6 +3,7 @@
     DIRECTORY/             0700, one a process
       qmp                  its monitor: QEMU listens
       serial               the first serial port, if it is ours: QEMU listens
+      agent                the guest agent's port, where there is one: QEMU listens
       errors               what it prints
 
 It is a session of its own and does not end with us: what we do when we are gone, and another takes over, is in adopt.py.
@@ -25,6 +26,8 @@ from stillframe.sockets import connected_unix_socket
 START_SECONDS: Final = 60.0
 """Until its monitor must listen; a busy host needs a third of one."""
 
+AGENT_PORT: Final = "org.qemu.guest_agent.0"
+
 _POLL_SECONDS: Final = 0.002
 _ERRORS_SHOWN: Final = 2000
 
@@ -46,9 +49,11 @@ class QemuProcess:
         on_end: Callable[[], None] = lambda: None,
         *,
         serial: bool = False,
+        agent: bool = False,
     ) -> None:
         self.directory = directory
         self._serial = serial
+        self._agent = agent
         self._words_taken = 0
         argv = [*words, *self._socket_words()]
         try:
@@ -88,6 +93,15 @@ class QemuProcess:
                 f"socket,id=stillframe-serial,path={self._escaped('serial')},server=on,wait=off",
                 "-serial",
                 "chardev:stillframe-serial",
+            ]
+        if self._agent:
+            words += [
+                "-chardev",
+                f"socket,id=stillframe-agent,path={self._escaped('agent')},server=on,wait=off",
+                "-device",
+                "virtio-serial,id=stillframe-agent-bus",
+                "-device",
+                f"virtserialport,bus=stillframe-agent-bus.0,chardev=stillframe-agent,name={AGENT_PORT}",
             ]
         return words
 
@@ -162,7 +176,7 @@ class QemuProcess:
 
     def remove_files(self) -> None:
         """Take away its directory; it must have ended."""
-        for name in ("qmp", "serial", "errors", "migration"):
+        for name in ("qmp", "serial", "agent", "errors", "migration"):
             (self.directory / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.directory.rmdir()
