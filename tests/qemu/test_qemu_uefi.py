@@ -39,7 +39,7 @@ class Firmware(GuestMachine):
         more += ["--device", "virtio-blk-pci,drive=data"]
         more += ["--blockdev", f"driver=raw,node-name=raw,file.driver=file,file.filename={directory}/raw"]
         more += ["--device", "virtio-blk-pci,drive=raw,id=raw0"]
-        more += ["--device", "pcie-root-port,id=slot"]
+        more += ["--device", "pcie-root-port,id=rp0"]
         flash = [("code", "raw", files["ovmf-code"]), ("vars", driver, self.variables)]
         create(directory / "root.qcow2")
         super().__init__(directory, version, *more, *options, initrd=None, flash=flash)
@@ -110,7 +110,7 @@ def test_load_that_fails_leaves_the_variables_as_they_were(machine: Firmware) ->
     machine.mark("other")
     before = machine.content()
     # The state is of a machine without this device.
-    machine.execute("device_add", driver="virtio-balloon-pci", id="new", bus="slot")
+    machine.execute("device_add", driver="virtio-balloon-pci", id="new", bus="rp0")
     machine.job("snapshot-save", "with-another", *machine.nodes)
     with pytest.raises(StillframeError, match="does not take the machine state"):
         machine.load("with-another", *machine.nodes)
