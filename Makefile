@@ -66,6 +66,7 @@ bench: $(STAMP) peers ## figures beside a peer's in the same run
 	$(BIN)/python bench/nbd.py --json build/bench/nbd.json
 	$(BIN)/python bench/snapshots.py --json build/bench/snapshots.json
 	$(BIN)/python bench/plot.py build/bench/snapshots.json build/bench/snapshots.svg
+	$(BIN)/python bench/qemu.py --json build/bench/qemu.json
 	$(BIN)/python bench/engine.py --json build/bench/engine.json $(BENCH_ARGS)
 
 FUZZ_SECONDS ?= 600

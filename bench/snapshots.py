@@ -18,15 +18,11 @@ with a guest that rewrites 500 pages a beat, two beats each time, and checks its
 import argparse
 import asyncio
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -44,16 +40,10 @@ from guests import (  # noqa: E402
     SIZES,
     THEIRS,
     Guest,
-    Row,
-    at_most,
-    gap_limit,
     guest,
-    share_of_theirs,
 )
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+from tables import Row, at_most, gap_limit, report, share_of_theirs, show  # noqa: E402
 
-from peers import peer  # noqa: E402
 from snapshots.hosts import Register, new_image, new_machine, opened  # noqa: E402
 from stillframe.client import Client  # noqa: E402
 from stillframe.snapshots import selection  # noqa: E402
@@ -306,43 +296,6 @@ def rewinds_with_guest(count: int) -> list[Row]:
 # The command.
 
 
-def show(rows: list[Row]) -> None:
-    """The table."""
-    table = Table(title=f"snapshots: ours beside {THEIRS}'s")
-    for title in ("work", "ours", "normal", "QEMU", "ours / QEMU", "bar"):
-        table.add_column(title, justify="left" if title in ("work", "bar") else "right")
-    for row in rows:
-        cells = [f"{statistics.median(row.ours):,.2f} {row.unit}" if row.ours else "-"]
-        cells += [
-            f"{statistics.median(each):,.1f} {row.unit}" if each else "" for each in (row.normal, row.theirs)
-        ]
-        verdict = {None: "", True: ": met", False: ": MISSED"}[row.is_met]
-        ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
-        table.add_row(row.work, *cells, ratio, row.bar + verdict)
-    Console(width=170 if not sys.stdout.isatty() else None).print(table)
-
-
-def report(rows: list[Row], rounds: int) -> dict[str, object]:
-    """For --json."""
-    said = subprocess.run(
-        [peer("qemu-system-riscv64"), "--version"], capture_output=True, text=True, check=True
-    )
-    lines = []
-    for row in rows:
-        figures = {key: value for key, value in _plain(row).items() if key != "limit"}
-        lines.append({**figures, "ratio": row.ratio, "met": row.is_met})
-    host = {"machine": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()}
-    return {"host": {**host, "qemu": said.stdout.splitlines()[0]}, "rounds": rounds, "rows": lines}
-
-
-def _plain(row: Row) -> dict[str, object]:
-    limit, row.limit = row.limit, None
-    try:
-        return asdict(row)
-    finally:
-        row.limit = limit
-
-
 def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(
@@ -383,11 +336,11 @@ def main() -> None:
     if asked.only in (None, "rewinds"):
         progress("rewinds")
         rows += rewinds(asked.rewinds) + rewinds_with_guest(asked.guest_rewinds)
-    found = report(rows, asked.rounds)
+    found = report(rows, asked.rounds, "qemu-system-riscv64")
     if asked.json == Path("-"):
         print(json.dumps(found, indent=2))
         return
-    show(rows)
+    show(f"snapshots: ours beside {THEIRS}'s", rows)
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from guests import DIRTYING, DISK, OURS, SIZES, THEIRS, Guest, Row, at_most, guest
+from guests import DIRTYING, DISK, OURS, SIZES, THEIRS, Guest, guest
+from tables import Row, at_most
 
 from snapshots.hosts import Register, new_image, new_machine
 from stillframe.client import Client

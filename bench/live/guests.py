@@ -1,13 +1,11 @@
-"""What the benchmarks of snapshots share: a line of the table, and the bundled guest on our machine or on QEMU's."""
+"""What the benchmarks of snapshots share: a guest in a process of its own, and the bundled one on our machine or on QEMU's."""
 
 import asyncio
 import itertools
-import statistics
 import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,52 +28,11 @@ _GUEST = ROOT / "src" / "stillframe" / "data" / "guest.elf"
 Result = TypeVar("Result")
 
 
-@dataclass(slots=True)
-class Row:
-    """One line of the table; figures are one a round.
-
-    :param unit: "ms", "MB" or "×". :param bar: what ours may be at most: see `limit`. :param normal: ours without a snapshot.
-    """
-
-    work: str
-    unit: str
-    bar: str = ""
-    ours: list[float] = field(default_factory=list)
-    theirs: list[float] = field(default_factory=list)
-    normal: list[float] = field(default_factory=list)
-    limit: Callable[["Row"], float] | None = None
-
-    @property
-    def is_met(self) -> bool | None:
-        """Whether the median is."""
-        return None if self.limit is None else statistics.median(self.ours) <= self.limit(self)
-
-    @property
-    def ratio(self) -> float | None:
-        """Ours to theirs, by medians."""
-        return statistics.median(self.ours) / statistics.median(self.theirs) if self.theirs else None
-
-
-def share_of_theirs(factor: float) -> Callable[[Row], float]:
-    """A limit: so much of QEMU's."""
-    return lambda row: factor * statistics.median(row.theirs)
-
-
-def gap_limit(row: Row) -> float:
-    """A limit: the larger of 20 ms over normal and 1/50 of QEMU's."""
-    return max(20.0 + statistics.median(row.normal), statistics.median(row.theirs) / 50)
-
-
-def at_most(value: float) -> Callable[[Row], float]:
-    """A limit: a figure of its own."""
-    return lambda row: value
-
-
 # A guest in a process of its own, ours or theirs.
 
 
 class Guest:
-    """The bundled guest, with its console watched and its monitor at hand."""
+    """A guest with a heartbeat, its console watched and its monitor at hand."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", console: WatchedConsole, qmp: Path) -> None:
         self.pid = process.pid
@@ -137,12 +94,23 @@ def guest(side: str, directory: Path, image: Path, memory: int, append: str) -> 
         words += ["-qmp", f"unix:{qmp},server=on,wait=off", "-serial", f"unix:{serial},server=on,wait=on"]
         words += ["-kernel", str(_GUEST), "-append", append]
         words += ["-blockdev", f"qcow2,{node}", "-device", "virtio-blk-device,drive=root"]
+    with started(words, directory, r"^ready;") as machine:
+        yield machine
+
+
+@contextmanager
+def started(words: list[str], directory: Path, ready: str) -> Iterator[Guest]:
+    """A process that opens `qmp` and `console` in its directory, until the end of the block.
+
+    :param ready: what its guest says then.
+    """
+    qmp, serial = directory / "qmp", directory / "console"
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         console = _connected(process, serial, directory / "log")
         try:
-            console.until(r"^ready;")
+            console.until(ready)
             yield Guest(process, console, qmp)
         finally:
             console.close()
