@@ -21,6 +21,8 @@ from stillframe.errors import IOFailed, io_failed
 _log = logging.getLogger(__name__)
 
 _TAKEN_AT_ONCE: Final = 1 << 20
+_TAKEN_AS_IT_COMES: Final = 64 << 10
+"""Bytes at the beginning: what stands before the memory has a few hundred."""
 _GIVEN_BACK_AT_ONCE: Final = 64 << 20
 _PUNCH_HOLE: Final = 0x02 | 0x01
 
@@ -52,7 +54,11 @@ class Spool:
         buffer = memoryview(bytearray(_TAKEN_AT_ONCE))
         try:
             self._connection, _ = self._listener.accept()
-            while count := self._connection.recv_into(buffer):
+            # The reader waits for the beginning byte by byte. Behind it the kernel fills the buffer: QEMU sends a few pages at
+            # a time, and to ask for the interpreter's lock after each would make it wait.
+            while count := self._connection.recv_into(
+                buffer, 0, 0 if self._length < _TAKEN_AS_IT_COMES else socket.MSG_WAITALL
+            ):
                 self._keep(buffer[:count])
         except OSError as error:
             # The socket was closed under us, by `close`; or QEMU died, which is told as the stream's early end.
