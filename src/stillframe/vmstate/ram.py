@@ -33,6 +33,7 @@ EOS = 0x10
 CONTINUE = 0x20
 MULTIFD_FLUSH = 0x200
 FLAGS = PAGE_SIZE - 1
+_WORD = struct.Struct(">Q")
 
 ZERO_RECORD = 9
 PAGE_RECORD = 8 + PAGE_SIZE
@@ -69,7 +70,7 @@ class PageVisitor(Protocol):
         :param addresses: int64 (n,), in the block, possibly with repetitions: the last one counts.
         :param pages: uint8 (n, 4096), a view that is valid during the call.
         :param offset: of the first record's page in the stream; the others follow at a stride of
-            `PAGE_RECORD`.
+            `PAGE_RECORD`. -1 if they lie apart.
         """
         ...
 
@@ -230,11 +231,19 @@ class RamReader:
     """Reads the payloads of one RAM section and tells the visitor of what they hold.
 
     :param blocks: of a section whose START has been read elsewhere.
+    :param together: zero pages that lie between others do not part them: the visitor is told of up to a transfer's pages at once, a
+        copy of them, and with no offset.
     """
 
     def __init__(
-        self, source: StateSource, visitor: PageVisitor, blocks: Sequence[RamBlock] | None = None
+        self,
+        source: StateSource,
+        visitor: PageVisitor,
+        blocks: Sequence[RamBlock] | None = None,
+        *,
+        together: bool = False,
     ) -> None:
+        self._together = together
         self._source = source
         self._visitor = visitor
         self._blocks: dict[str, RamBlock] = {block.name: block for block in blocks or ()}
@@ -308,12 +317,12 @@ class RamReader:
             offset = source.offset
             page = np.frombuffer(source.take(PAGE_SIZE), np.uint8).reshape(1, PAGE_SIZE)
             self._visitor.pages(block, addresses, page, offset)
-            self._page_runs(block)
+            self._mixed_runs(block) if self._together else self._page_runs(block)
         else:
             if fill := source.u8():
                 raise source.corrupt(f"Found a zero page with value {fill}")
             self._visitor.zeroes(block, addresses)
-            self._zero_runs(block)
+            self._mixed_runs(block) if self._together else self._zero_runs(block)
 
     def _run(
         self, block: RamBlock, kind: int, size: int, most: int
@@ -348,6 +357,42 @@ class RamReader:
                 return
             most *= 4
 
+    def _mixed_runs(self, block: RamBlock) -> None:
+        """Records of both kinds, up to the first that is irregular."""
+        while taken := self._mixed_run(block):
+            self._source.skip(taken)
+
+    def _mixed_run(self, block: RamBlock) -> int:
+        """Those at hand, of pages that differ from each other: of one that comes twice the order counts. :return: their bytes."""
+        window = self._source.window(ZERO_RECORD)
+        if len(window) < PAGE_RECORD and _word(window) & FLAGS == PAGE | CONTINUE:
+            window = self._source.window(PAGE_RECORD)
+        places: dict[int, int] = {}
+        at, end = 0, len(window)
+        while at + ZERO_RECORD <= end:
+            word = _word(window, at)
+            address, flags = word & ~FLAGS, word & FLAGS
+            if address >= block.length or address in places:
+                break
+            if flags == PAGE | CONTINUE and at + PAGE_RECORD <= end:
+                places[address] = at + 8
+                at += PAGE_RECORD
+            elif flags == ZERO | CONTINUE and not window[at + 8]:
+                places[address] = -1
+                at += ZERO_RECORD
+            else:
+                break
+        if at:
+            addresses = np.fromiter(places.keys(), np.int64, len(places))
+            where = np.fromiter(places.values(), np.int64, len(places))
+            filled = where >= 0
+            if filled.any():
+                every = np.lib.stride_tricks.sliding_window_view(np.frombuffer(window, np.uint8), PAGE_SIZE)
+                self._visitor.pages(block, addresses[filled], every[where[filled]], -1)
+            if not filled.all():
+                self._visitor.zeroes(block, addresses[~filled])
+        return at
+
     def _zero_runs(self, block: RamBlock) -> None:
         most = 1
         while (run := self._run(block, ZERO, ZERO_RECORD, most)) is not None:
@@ -370,6 +415,12 @@ def _pages(data: memoryview) -> Pages:
 def _name(block: RamBlock) -> bytes:
     name = block.name.encode()
     return bytes((len(name),)) + name
+
+
+def _word(data: memoryview, at: int = 0) -> int:
+    """The eight bytes there; 0 where there are fewer."""
+    found: int = _WORD.unpack_from(data, at)[0] if len(data) >= at + 8 else 0
+    return found
 
 
 def _words(values: Addresses) -> Pages:

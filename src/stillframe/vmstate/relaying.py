@@ -68,7 +68,7 @@ def relay_memory(
     ram = RamWriter(sink, records.note)
     sink.write(layout.mark(layout.PART, head.ram_section_id))
     relay = _Relay(ram, records, base, took)
-    reader = RamReader(source, relay, head.blocks)
+    reader = RamReader(source, relay, head.blocks, together=True)
     while not _section(source, reader, head.ram_section_id):
         pass
     ram.end()
