@@ -64,6 +64,7 @@ bench: $(STAMP) peers ## figures beside a peer's in the same run
 	$(BIN)/python bench/startup.py --json build/bench/startup.json
 	$(BIN)/python bench/qcow2.py --json build/bench/qcow2.json
 	$(BIN)/python bench/nbd.py --json build/bench/nbd.json
+	$(BIN)/python bench/monitor.py --json build/bench/monitor.json
 	$(BIN)/python bench/snapshots.py --json build/bench/snapshots.json
 	$(BIN)/python bench/plot.py build/bench/snapshots.json build/bench/snapshots.svg
 	$(BIN)/python bench/qemu.py --json build/bench/qemu.json

@@ -70,6 +70,13 @@ REQUESTS: list[tuple[str, Any]] = [
     ("blockdev-snapshot-internal-sync", {"name": "s"}),
     ("blockdev-snapshot-delete-internal-sync", {"device": "nope", "name": "s"}),
     ("blockdev-snapshot-delete-internal-sync", {"device": "nope"}),
+    ("query-yank", {}),
+    ("yank", {}),
+    ("yank", {"instances": []}),
+    ("yank", {"instances": [{"type": "migration"}]}),
+    ("yank", {"instances": [{"type": "chardev", "id": "x", "more": 1}]}),
+    ("yank", {"instances": [{"type": "chrdev"}]}),
+    ("yank", {"instances": [{"type": "block-node"}]}),
 ]
 
 

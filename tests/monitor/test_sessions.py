@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +302,113 @@ def test_a_command_at_work_holds_back_its_own_client_only(monitor: tuple[Served,
         let_go.set()
         assert waiting.message() == {"return": ""}
         assert waiting.message() == {"return": {}, "id": "later"}
+
+
+@contextmanager
+def held(server: Served) -> Iterator[threading.Event]:
+    """Commands on snapshots wait for their turn until the event is set."""
+    let_go, began = threading.Event(), threading.Event()
+
+    def body(context: JobContext) -> None:
+        began.set()
+        let_go.wait(PATIENCE)
+
+    queue = server.host.snapshots.queue
+    thread = threading.Thread(
+        target=server.host.jobs.run_internal, args=("block", body), kwargs={"queue": queue}
+    )
+    thread.start()
+    assert began.wait(PATIENCE)
+    try:
+        yield let_go
+    finally:
+        let_go.set()
+        thread.join()
+
+
+WAITING_COMMAND = {"execute": "human-monitor-command", "arguments": {"command-line": "delvm x"}, "id": "slow"}
+OOB = b'{"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}'
+
+
+def with_oob(client: Client) -> Client:
+    client.message()
+    client.send(OOB)
+    assert client.message() == {"return": {}}
+    return client
+
+
+def test_what_is_asked_out_of_band_overtakes_a_command_that_hangs_and_those_behind_it(
+    monitor: tuple[Served, UnixAddress],
+) -> None:
+    server, address = monitor
+    with Client(address) as client, held(server) as let_go:
+        with_oob(client).send(WAITING_COMMAND)
+        client.send({"execute": "query-name", "id": "behind"})
+        client.send({"exec-oob": "query-yank", "id": "first"})
+        client.send({"exec-oob": "query-name", "id": "refused"})
+        assert client.message() == {"return": [], "id": "first"}
+        assert client.message()["error"]["desc"] == "The command query-name does not support OOB"
+        let_go.set()
+        assert [client.message()["id"] for _ in range(2)] == ["slow", "behind"]
+
+
+def test_behind_eight_requests_that_wait_nothing_is_heard_until_one_is_done(
+    monitor: tuple[Served, UnixAddress],
+) -> None:
+    server, address = monitor
+    with Client(address) as client, held(server) as let_go:
+        with_oob(client).send(WAITING_COMMAND)
+        for number in range(session_module.MAX_QUEUED - 1):
+            client.send({"execute": "query-name", "id": number})
+        client.send({"exec-oob": "query-yank", "id": "heard"})
+        assert client.message()["id"] == "heard"
+        client.send({"execute": "query-name", "id": "eighth"})
+        client.send({"exec-oob": "query-yank", "id": "too late"})
+        client.send({"execute": "query-name", "id": "last"})
+        let_go.set()
+        came = [client.message()["id"] for _ in range(session_module.MAX_QUEUED + 3)]
+        assert came[0] == "slow"
+        assert [each for each in came if each != "too late"] == ["slow", *range(7), "eighth", "last"]
+
+
+def test_what_was_asked_with_oob_before_the_client_went_is_done(
+    monitor: tuple[Served, UnixAddress], client: Client
+) -> None:
+    with Client(monitor[1]) as going:
+        with_oob(going).send('{"execute":"stop"}')
+        going.socket.shutdown(socket.SHUT_WR)
+        assert client.until("event")["event"] == "STOP"
+
+
+def test_an_error_in_the_text_keeps_its_place_with_oob(
+    client: Client, monitor: tuple[Served, UnixAddress]
+) -> None:
+    with Client(monitor[1]) as other:
+        with_oob(other).send('{"execute":"query-name","id":1}{"a":NaN}{"execute":"query-name","id":2}')
+        assert [other.message().get("id", "error") for _ in range(4)] == [1, "error", "error", 2]
+
+
+def test_quit_is_answered_with_oob_and_ends_the_session(monitor: tuple[Served, UnixAddress]) -> None:
+    with Client(monitor[1]) as client:
+        with_oob(client).send('{"execute":"quit"}')
+        assert client.message()["event"] == "SHUTDOWN"
+        assert client.message() == {"return": {}}
+        assert client.line() == b""
+
+
+def test_two_hundred_idle_clients_are_served_beside_one_that_asks(
+    monitor: tuple[Served, UnixAddress],
+) -> None:
+    clients: list[Client] = []
+    try:
+        for _ in range(200):
+            clients.append(Client(monitor[1]).negotiate())
+        clients[0].execute("stop")
+        for client in clients[1:]:
+            assert client.message()["event"] == "STOP"
+    finally:
+        for client in clients:
+            client.__exit__()
 
 
 def test_fifty_clients_at_once_all_get_their_answers_and_all_events(

@@ -107,6 +107,8 @@ def schema_entries() -> list[dict[str, Any]]:
             "arg-type": numbering.name(command.arguments),
             "ret-type": numbering.name(command.returns),
         }
+        if command.allow_oob:
+            entry["allow-oob"] = True
         if command.features:
             entry["features"] = list(command.features)
         declared.append(entry)

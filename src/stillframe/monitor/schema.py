@@ -24,8 +24,8 @@ Members are visited in the order of their declaration; `job_id` stands for QMP's
     T | msgspec.UnsetType = msgspec.UNSET optional
     A | B with the same `tag_field`       a union, told apart by that member; A alone, with a tag: a union of one
 
-A command's function runs on a thread of its own and may block; what it returns is the reply's `return` (None
-for an empty object), what it raises from the tree of errors is its `error`.
+A command's function runs on a thread of its own and may block, unless it is declared `at_once`; what it returns is the reply's
+`return` (None for an empty object), what it raises from the tree of errors is its `error`.
 """
 
 import enum
@@ -224,6 +224,8 @@ class Command:
     """A declared command.
 
     :param of_session: its function takes the session instead of the host.
+    :param on_loop: its function is called on the monitors' loop, not on a thread of its own.
+    :param allow_oob: it can be executed out of band.
     :param arguments: an object, or variants of one.
     :param checked: False: the arguments are handed on as they came, a `dict`; the function checks them.
     """
@@ -234,6 +236,8 @@ class Command:
     returns: Shape
     features: tuple[str, ...]
     of_session: bool
+    on_loop: bool
+    allow_oob: bool
     checked: bool
 
     @property
@@ -261,13 +265,23 @@ Declared = typing.TypeVar("Declared", bound=type[msgspec.Struct])
 
 
 def command(
-    name: str, *, features: Sequence[str] = (), unchecked: Any = None, returns: Any = None
+    name: str,
+    *,
+    features: Sequence[str] = (),
+    unchecked: Any = None,
+    returns: Any = None,
+    at_once: bool = False,
+    allow_oob: bool = False,
 ) -> Callable[[Function], Function]:
     """Declare a function as a command; see the module's text.
 
     :param features: as `query-qmp-schema` shows them.
     :param unchecked: publish this type as the arguments, and give the function the members as they came.
     :param returns: publish this type instead of the function's own.
+    :param at_once: the function tells what is known, takes no time and waits for nothing, no lock either: it spares the way to
+        a thread and back, which takes longer than the rest of such a command.
+    :param allow_oob: it can overtake what its client asked for before; implies `at_once`, as what it is for is to be done
+        while everything else waits.
     """
 
     def declare(function: Function) -> Function:
@@ -287,6 +301,8 @@ def command(
             shape_of(Nothing if result in (None, types.NoneType) else result),
             tuple(features),
             of_session=parameters[0][0] == "session",
+            on_loop=parameters[0][0] == "session" or at_once or allow_oob,
+            allow_oob=allow_oob,
             checked=unchecked is None,
         )
         return function

@@ -31,7 +31,7 @@ from stillframe.sockets import SocketFile, listening_unix_socket
 
 _log = logging.getLogger(__name__)
 
-MAX_SESSIONS: Final = 128
+MAX_SESSIONS: Final = 512
 _FAREWELL_SECONDS: Final = 2.0
 
 

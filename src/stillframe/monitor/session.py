@@ -3,11 +3,19 @@
 Until a command is answered nothing more is read, and nothing is read either while what was answered has not
 been taken: a client that does not read its replies stops itself. Events cannot wait like that; a client with
 too much of them unread loses its connection.
+
+A client that has negotiated `oob` is read from while a command is at work:
+
+    messages ──▶ exec-oob ────────────────────▶ answered at once
+        └──────▶ anything else ──▶ queue of 8 ──▶ answered in order
+
+With the queue full nothing more is read, out-of-band commands neither: as in QEMU a client that wants them heard has fewer
+than that outstanding.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from enum import Enum
 from typing import Any, Final
 
@@ -26,6 +34,9 @@ from stillframe.monitor.visitor import check_arguments
 _log = logging.getLogger(__name__)
 
 MAX_UNSENT_BYTES: Final = 8 << 20
+MAX_QUEUED: Final = 8
+"""Requests that wait behind the one at work, of a client with `oob`; QEMU's number."""
+
 _BREATH_MESSAGES: Final = 16
 
 Runner = Callable[[Callable[[], Any]], Awaitable[Any]]
@@ -33,7 +44,7 @@ Runner = Callable[[Callable[[], Any]], Awaitable[Any]]
 
 
 class QMPCapability(Enum):
-    """What a client can have switched on; `oob` is known and not offered."""
+    """What a client can have switched on; `oob`: commands that overtake others."""
 
     OOB = "oob"
 
@@ -56,6 +67,9 @@ class VersionInfo(Structure):
     qemu: VersionTriple
     package: str
 
+
+_CAPABILITIES: Final = [each.value for each in QMPCapability]
+_END: Final = object()
 
 VERSION: Final = VersionInfo(VersionTriple(10, 0, 13), f"stillframe-{__version__}")
 
@@ -91,29 +105,68 @@ class Session:
         self._run_blocking = run_blocking
         self._who = who
         self._negotiated = False
+        self._has_oob = False
 
     async def run(self) -> None:
         """Serve the client until it goes, or the machine ends."""
-        greeting = {"QMP": {"version": msgspec.to_builtins(VERSION), "capabilities": []}}
+        greeting = {"QMP": {"version": msgspec.to_builtins(VERSION), "capabilities": _CAPABILITIES}}
         self._stream.write(wire.encode(greeting))
+        messages = self._messages()
+        async for message in messages:
+            await self._serve(message)
+            if self._host.over:
+                return
+            if self._has_oob:
+                await self._run_with_oob(messages)
+                return
+
+    async def _run_with_oob(self, messages: AsyncIterator[Any]) -> None:
+        waiting: asyncio.Queue[Any] = asyncio.Queue()
+        room = asyncio.Semaphore(MAX_QUEUED)
+        async with asyncio.TaskGroup() as tasks:
+            reading = tasks.create_task(self._read_ahead(messages, waiting, room))
+            while (message := await waiting.get()) is not _END:
+                room.release()
+                await self._serve(message)
+                if self._host.over:
+                    reading.cancel()
+                    return
+
+    async def _read_ahead(
+        self, messages: AsyncIterator[Any], waiting: "asyncio.Queue[Any]", room: asyncio.Semaphore
+    ) -> None:
+        try:
+            await room.acquire()
+            async for message in messages:
+                if _is_oob(message):
+                    await self._serve(message)
+                else:
+                    waiting.put_nowait(message)
+                    await room.acquire()
+        finally:
+            # What was asked before the client went is still done.
+            waiting.put_nowait(_END)
+
+    async def _messages(self) -> AsyncIterator[Any]:
+        """What the client sends: values, and a `JSONError` for each error in its text."""
         decoder = wire.Decoder()
-        answered = 0
+        heard = 0
         while data := await self._stream.read():
-            if self._on_tcp and not answered and data[:1].isupper():
+            if self._on_tcp and not heard and data[:1].isupper():
                 _log.warning("%s speaks HTTP: connection closed", self._who)
                 return
             for message in decoder.feed(data):
-                reply = await self._answer(message)
-                self._stream.write(wire.encode(reply))
-                await self._stream.drain()
-                if self._host.over:
-                    return
-                answered += 1
-                if answered % _BREATH_MESSAGES == 0:
+                heard += 1
+                yield message
+                if heard % _BREATH_MESSAGES == 0:
                     await asyncio.sleep(0)
             # Neither reading nor draining need to wait: without this a flood of one client's would keep the
             # others waiting.
             await asyncio.sleep(0)
+
+    async def _serve(self, message: Any) -> None:
+        self._stream.write(wire.encode(await self._answer(message)))
+        await self._stream.drain()
 
     async def finish(self, seconds: float) -> None:
         """Close once everything was taken, or `seconds` have passed."""
@@ -150,15 +203,17 @@ class Session:
     async def _execute(self, message: Any) -> Any:
         if isinstance(message, JSONError):
             raise message
-        name, arguments = _request(message)
+        name, arguments, is_oob = _request(message, has_oob=self._has_oob)
         other = self._host.machine.other_monitor
-        if self._negotiated and other is not None and name not in COMMANDS:
+        if self._negotiated and other is not None and name not in COMMANDS and not is_oob:
             return await self._run_blocking(lambda: other.execute(name, arguments))
         command = self._find(name)
+        if is_oob and not command.allow_oob:
+            raise InvalidRequest(f"The command {name} does not support OOB")
         given = check_arguments(command.arguments, arguments) if command.checked else arguments
         first = self if command.of_session else self._host
         parameters = (first, given) if command.takes_arguments else (first,)
-        if command.of_session:
+        if command.on_loop:
             return _builtins(command.function(*parameters))
         return await self._run_blocking(lambda: _builtins(command.function(*parameters)))
 
@@ -173,37 +228,45 @@ class Session:
     def negotiate(self, wanted: list[QMPCapability]) -> None:
         """The client has chosen: from now on it may give commands, and hears of events.
 
-        :raise CommandNotFound: it has chosen before. :raise InvalidRequest: what it wants was not offered.
+        :raise CommandNotFound: it has chosen before.
         """
         if self._negotiated:
             raise CommandNotFound("Capabilities negotiation is already complete, command ignored")
-        if wanted:
-            raise InvalidRequest(f"Capability {wanted[0].value} not available")
         self._negotiated = True
+        self._has_oob = QMPCapability.OOB in wanted
 
 
 def _builtins(result: Any) -> Any:
     return {} if result is None else msgspec.to_builtins(result)
 
 
-def _request(message: Any) -> tuple[str, Mapping[str, Any]]:
-    """A command's name and arguments.
+def _is_oob(message: Any) -> bool:
+    return isinstance(message, dict) and "exec-oob" in message and "execute" not in message
 
+
+def _request(message: Any, *, has_oob: bool) -> tuple[str, Mapping[str, Any], bool]:
+    """A command's name and arguments, and whether it is to be executed out of band.
+
+    :param has_oob: that was negotiated.
     :raise InvalidRequest: the message is not a request; members are looked at in the order of QEMU's
         dictionary.
     """
     if not isinstance(message, dict):
         raise InvalidRequest("QMP input must be a JSON object")
+    chosen: str | None = None
     for name in wire.members_in_order(message):
         value = message[name]
-        if name == "execute":
+        if name == "execute" or (name == "exec-oob" and has_oob):
             if not isinstance(value, str):
-                raise InvalidRequest("QMP input member 'execute' must be a string")
+                raise InvalidRequest(f"QMP input member '{name}' must be a string")
+            if chosen is not None:
+                raise InvalidRequest(f"QMP input member '{name}' clashes with '{chosen}'")
+            chosen = name
         elif name == "arguments":
             if not isinstance(value, dict):
                 raise InvalidRequest("QMP input member 'arguments' must be an object")
         elif name != "id":
             raise InvalidRequest(f"QMP input member '{name}' is unexpected")
-    if "execute" not in message:
+    if chosen is None:
         raise InvalidRequest("QMP input lacks member 'execute'")
-    return message["execute"], message.get("arguments", {})
+    return message[chosen], message.get("arguments", {}), chosen == "exec-oob"

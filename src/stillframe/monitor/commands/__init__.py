@@ -9,4 +9,5 @@ from stillframe.monitor.commands import (  # noqa: F401
     job,
     machine,
     snapshots,
+    yank,
 )

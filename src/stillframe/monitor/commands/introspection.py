@@ -40,7 +40,7 @@ def qmp_capabilities(session: Session, arguments: Negotiation) -> None:
     session.negotiate([] if isinstance(arguments.enable, msgspec.UnsetType) else arguments.enable)
 
 
-@command("query-version")
+@command("query-version", at_once=True)
 def query_version(host: Host) -> VersionInfo:
     """Whose words are spoken, and who speaks."""
     return VERSION

@@ -81,14 +81,14 @@ class Reset(Structure):
     reason: ShutdownCause
 
 
-@command("query-status")
+@command("query-status", at_once=True)
 def query_status(host: Host) -> StatusInfo:
     """What the machine is doing."""
     state = host.machine.run_state
     return StatusInfo(state is RunState.RUNNING, state)
 
 
-@command("query-name")
+@command("query-name", at_once=True)
 def query_name(host: Host) -> NameInfo:
     """The machine's name."""
     return NameInfo() if host.name is None else NameInfo(host.name)
