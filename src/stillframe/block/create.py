@@ -8,7 +8,7 @@ from typing import Any, Literal
 from stillframe.block.file import FileNode, file_beside, remove_file, same_file
 from stillframe.block.node import Node
 from stillframe.block.opening import protocol_file
-from stillframe.errors import AlreadyExists, InvalidRequest, StillframeError, Unsupported
+from stillframe.errors import AlreadyExists, InvalidRequest, Refused, StillframeError, Unsupported
 
 Preallocation = Literal["off", "metadata", "falloc", "full"]
 
@@ -33,6 +33,61 @@ def create_raw(
     with _new_file(filename, replace) as file:
         _fill_raw(file, size, preallocation)
         file.flush()
+
+
+def create_file(filename: str, size: int, preallocation: Preallocation = "off") -> None:
+    """A file of so many zeroes, as exact as asked for; one of that name is taken if it is empty, as managers leave it.
+
+    :raise AlreadyExists: there is one that is not. Else as `create_raw`.
+    """
+    _refuse_size(size)
+    _refuse_metadata_alone(preallocation)
+    try:
+        is_empty = os.path.isfile(filename) and os.stat(filename).st_size == 0
+    except OSError:
+        is_empty = False
+    with _new_file(filename, replace=is_empty) as file:
+        try:
+            file.truncate(size)
+            _take_space(file, 0, size, preallocation)
+            file.flush()
+        except BaseException:
+            if is_empty:
+                file.truncate(0)
+            raise
+
+
+def format_qcow2(node: Node, size: int, options: Mapping[str, Any]) -> None:
+    """Make an open node an empty qcow2 image; on an error it reads as zeroes, and has the size that it had.
+
+    :param size: of the disk, bytes. :param options: as `create_qcow2` takes them.
+    :raise AlreadyExists: it holds a qcow2 image. :raise InvalidRequest: an option out of its bounds.
+    """
+    from stillframe.block.opening import probe_format
+    from stillframe.block.qcow2 import create_image
+
+    _refuse_size(size)
+    if size % 512:
+        raise InvalidRequest("Image size must be a multiple of 512 bytes")
+    if "backing_format" in options and "backing_file" not in options:
+        raise InvalidRequest("Backing format cannot be used without backing file")
+    if node.read_only:
+        raise Refused(f"Node '{node.node_name}' is read-only")
+    if probe_format(node) == "qcow2":
+        raise AlreadyExists(
+            f"Node '{node.node_name}' holds a qcow2 image", remedy="Remove its file, or take another one."
+        )
+    before = node.size
+    try:
+        create_image(node, size, **options)
+        node.flush()
+    except Refused:
+        # Before anything was written.
+        raise
+    except BaseException:
+        node.truncate(0)
+        node.truncate(before)
+        raise
 
 
 def create_qcow2(

@@ -24,6 +24,7 @@ from stillframe.block.permissions import (
     DEVICE_WRITER,
     EXPORT_READER,
     EXPORT_WRITER,
+    FORMAT_WRITER,
     Permissions,
 )
 from stillframe.block.structure import Edge, Entry, Structure, close_node
@@ -144,6 +145,10 @@ class BlockGraph:
     def export(self, node: Node, user: str, *, writable: bool) -> NodeUse:
         """Let other processes use a node; as `use`, but others may write it, too."""
         return self._stand_on(node, user, EXPORT_WRITER if writable else EXPORT_READER)
+
+    def format(self, node: Node, user: str) -> NodeUse:
+        """Write a format into a node; as `use`, but nobody else may write it, or change its size."""
+        return self._stand_on(node, user, FORMAT_WRITER)
 
     def _stand_on(self, node: Node, user: str, demand: Permissions) -> NodeUse:
         with self._change:

@@ -456,6 +456,15 @@ class Node(ABC):
     def snapshot_store(self) -> SnapshotStore | None:
         """None where the driver cannot keep snapshots."""
 
+    def freeze_view(self) -> "Node | None":
+        """The content of this instant as a node to be read and closed, while this one is written; the caller holds requests back.
+
+        Until it is closed no snapshot of the image is made, deleted or applied. None where the driver cannot keep an instant.
+
+        :raise InUse: an instant is kept already.
+        """
+        return None
+
     @abstractmethod
     def info(self) -> ImageInfo:
         """The image described."""

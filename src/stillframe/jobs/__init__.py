@@ -15,6 +15,9 @@ order of their creation; a job whose turn has not come stays `created`.
 
 Every change of state is told as JOB_STATUS_CHANGE, in order, by the thread that makes it. One lock guards all
 jobs; no body, hook or callback runs under it.
+
+Jobs of a group wait for each other in `waiting`, become `pending` together, and final: the failure or cancellation of one is
+that of all.
 """
 
 import logging
@@ -32,16 +35,28 @@ from stillframe.errors import (
     StillframeError,
 )
 from stillframe.events import EventBus
+from stillframe.jobs.block_events import tell_end, tell_pending
 from stillframe.jobs.context import PARKED, JobContext
-from stillframe.jobs.record import Job, JobHooks, JobQueue
-from stillframe.jobs.states import TRANSITIONS, VERBS, JobChoice, JobInfo, JobStatus, JobVerb
+from stillframe.jobs.record import Job, JobGroup, JobHooks, JobQueue
+from stillframe.jobs.states import (
+    TRANSITIONS,
+    VERBS,
+    BlockJobInfo,
+    JobChoice,
+    JobInfo,
+    JobStatus,
+    JobVerb,
+)
 
 __all__ = [
     "TRANSITIONS",
     "VERBS",
+    "BlockJobInfo",
     "Body",
+    "Job",
     "JobChoice",
     "JobContext",
+    "JobGroup",
     "JobHooks",
     "JobInfo",
     "JobQueue",
@@ -109,6 +124,54 @@ class Jobs:
             self.check_new_id(id)
             self._begin(job)
 
+    def prepare(
+        self,
+        id: str,
+        type: str,
+        body: Body,
+        hooks: JobHooks,
+        *,
+        auto_finalize: bool,
+        auto_dismiss: bool,
+        speed: int,
+        total: int,
+        group: JobGroup | None = None,
+    ) -> Job:
+        """Make a job that stays `created` until `start` or `withdraw`; else as `create`.
+
+        :param total: what `query-jobs` tells as the total until the body tells another. :param group: it becomes final with
+            the others of that.
+        """
+        self.check_new_id(id)
+        job = Job(id, type, body, None, hooks, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss)
+        job.speed, job.total, job.group = _checked_speed(speed), total, group
+        with self._changed:
+            self.check_new_id(id)
+            self._enter(job)
+            if group is not None:
+                group.jobs.append(job)
+        return job
+
+    def start(self, jobs: Sequence[Job]) -> None:
+        """Start jobs that were prepared; one that was cancelled meanwhile is over already."""
+        with self._changed:
+            over = [job for job in jobs if job.status is not _S.CREATED]
+            for job in jobs:
+                if job not in over:
+                    self._start(job)
+        for job in over:
+            job.release()
+            self._fail_others(job)
+
+    def withdraw(self, jobs: Sequence[Job]) -> None:
+        """Jobs that were prepared shall not be: they vanish, whatever was asked for their end."""
+        for job in jobs:
+            with self._changed:
+                if job.status is _S.CREATED:
+                    job.auto_dismiss = True
+                    self._abort(job, Cancelled())
+            job.release()
+
     def check_new_id(self, id: str) -> None:
         """Refuse what `create` would refuse about an id."""
         if not _WELL_FORMED_ID.fullmatch(id):
@@ -136,11 +199,14 @@ class Jobs:
         if job.cause is not None:
             raise job.cause
 
-    def _begin(self, job: Job) -> None:
+    def _enter(self, job: Job) -> None:
         if self._closing:
             raise Refused("The machine is being shut down")
         self._jobs.append(job)
         self._move(job, _S.CREATED)
+
+    def _begin(self, job: Job) -> None:
+        self._enter(job)
         if job.queue is None:
             self._start(job)
             return
@@ -149,7 +215,11 @@ class Jobs:
             self._start(job)
 
     def _start(self, job: Job) -> None:
+        job.started = True
         self._move(job, _S.RUNNING)
+        if job.hooks.is_block:
+            self._move(job, _S.PAUSED)
+            self._move(job, _S.RUNNING)
         threading.Thread(
             target=self._work, args=(job,), name=f"job-{job.id or job.type}", daemon=True
         ).start()
@@ -164,39 +234,75 @@ class Jobs:
             job.body(context)
         except BaseException as error:
             cause = error
+        cause = job.release() or cause
         with self._changed:
             self._end_pause(job)
             job.finishing = True
             if cause is not None:
                 self._abort(job, cause)
-                return
-            self._move(job, _S.WAITING)
-            self._move(job, _S.PENDING)
-            # From here on only `abort` takes the work back, for what was final as the body returned cannot
-            # be.
-            job.cancellable = job.hooks.abort is not None
-            cancelled = job.cancellable and job.cancel_requested
-            if not job.auto_finalize and not cancelled and not self._closing:
+            else:
+                # From here on only `abort` takes the work back, for what was final as the body returned cannot be.
+                job.cancellable = job.hooks.abort is not None
+                self._move(job, _S.WAITING)
                 job.finishing = False
-                return
-        if cancelled:
-            self._take_back(job, Cancelled())
+        if cause is not None:
+            self._fail_others(job)
         else:
-            self._commit(job)
+            self._done(job)
 
-    def _commit(self, job: Job) -> None:
-        """Not locked; `job.finishing` is ours: the work becomes final."""
+    def _done(self, job: Job) -> None:
+        """Not locked: the job waits, and perhaps it is the last of its group."""
+        jobs = job.together
+        with self._changed:
+            if job.finishing or job.over:
+                return
+            if any(each.status is not _S.WAITING for each in jobs):
+                if not (job.group and job.group.failed):
+                    return
+                cancelled, jobs = True, (job,)
+            else:
+                for each in jobs:
+                    self._move(each, _S.PENDING)
+                cancelled = any(each.cancellable and each.cancel_requested for each in jobs)
+                for each in jobs:
+                    if each.hooks.is_block and not each.auto_finalize:
+                        tell_pending(self._events, each)
+                if not cancelled and not self._closing and not all(each.auto_finalize for each in jobs):
+                    return
+            for each in jobs:
+                each.finishing = True
+        if cancelled:
+            for each in jobs:
+                self._take_back(each, Cancelled())
+        else:
+            self._commit(jobs)
+
+    def _commit(self, jobs: Sequence[Job]) -> None:
+        """Not locked; `finishing` of all is ours: the work becomes final."""
         cause: BaseException | None = None
         try:
-            if job.hooks.commit is not None:
-                job.hooks.commit()
+            for job in jobs:
+                if job.hooks.commit is not None:
+                    job.hooks.commit()
         except BaseException as error:
             cause = error
-        if cause is not None:
-            self._take_back(job, cause)
-            return
+        for job in jobs:
+            if cause is not None:
+                self._take_back(job, cause)
+            else:
+                with self._changed:
+                    self._conclude(job)
+
+    def _fail_others(self, job: Job) -> None:
+        """Not locked: the job has failed, or was cancelled, and with it the others of its group are."""
         with self._changed:
-            self._conclude(job)
+            group = job.group
+            if group is None or group.failed:
+                return
+            group.failed = True
+            revocable = [each for each in group.jobs if each is not job and self._ask_to_cancel(each)]
+        for each in revocable:
+            self._take_back(each, Cancelled())
 
     def _take_back(self, job: Job, cause: BaseException) -> None:
         """Not locked; `job.finishing` is ours: the body's work, which was done, is undone."""
@@ -228,6 +334,8 @@ class Jobs:
             job.error = f"{type(cause).__name__}: {cause}"
 
     def _conclude(self, job: Job) -> None:
+        if job.hooks.is_block and job.started:
+            tell_end(self._events, job)
         self._move(job, _S.CONCLUDED)
         job.finishing = False
         if job.queue is not None:
@@ -267,6 +375,15 @@ class Jobs:
         with self._changed:
             return [job.info(job.id) for job in reversed(self._jobs) if job.id is not None]
 
+    def query_block(self) -> Sequence[BlockJobInfo]:
+        """Block jobs, newest first."""
+        with self._changed:
+            return [
+                job.block_info(job.id)
+                for job in reversed(self._jobs)
+                if job.hooks.is_block and job.id is not None
+            ]
+
     def pause(self, id: str) -> None:
         """Hold the job at its next checkpoint."""
         with self._changed:
@@ -301,6 +418,7 @@ class Jobs:
             take_back = self._ask_to_cancel(job)
         if take_back:
             self._take_back(job, Cancelled())
+            self._fail_others(job)
 
     def _ask_to_cancel(self, job: Job) -> bool:
         """Locked: what can be done at once is done; True if the caller has to take a pending job back."""
@@ -311,7 +429,7 @@ class Jobs:
         if job.status is _S.CREATED:
             self._abort(job, Cancelled())
             return False
-        if job.status is _S.PENDING:
+        if job.status is _S.PENDING or job.status is _S.WAITING:
             job.finishing = True
             return True
         return False
@@ -326,13 +444,15 @@ class Jobs:
             self._changed.notify_all()
 
     def finalize(self, id: str) -> None:
-        """Make a `pending` job's work final; returns when it is."""
+        """Make a `pending` job's work final, and that of its group; returns when it is."""
         with self._changed:
             job = self._accept(id, JobVerb.FINALIZE)
-            if job.finishing:
+            jobs = job.together
+            if any(each.finishing for each in jobs):
                 raise self._refusal(job, JobVerb.FINALIZE)
-            job.finishing = True
-        self._commit(job)
+            for each in jobs:
+                each.finishing = True
+        self._commit(jobs)
 
     def dismiss(self, id: str) -> None:
         """Forget a concluded job; its id is free again."""
@@ -385,7 +505,7 @@ class Jobs:
         for job in revocable:
             self._take_back(job, Cancelled())
         for job in final:
-            self._commit(job)
+            self._commit((job,))
         with self._changed:
             ended = self._changed.wait_for(lambda: all(job.over for job in self._jobs), timeout)
             for job in reversed(self._jobs.copy()):

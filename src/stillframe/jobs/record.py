@@ -1,11 +1,13 @@
 """One job as its owner, `Jobs`, knows it; and what a kind of job brings along."""
 
+from __future__ import annotations
+
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from stillframe.jobs.states import JobChoice, JobInfo, JobStatus
+from stillframe.jobs.states import BlockJobInfo, JobChoice, JobInfo, JobStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +20,16 @@ class JobHooks:
     :param abort: takes the body's work back: the body had returned, and the job is then cancelled, or its
         commit failed. Without it a job whose body has returned can no longer be cancelled.
     :param completable: `job-complete` is accepted once the body has called `JobContext.ready`.
+    :param release: gives back what the body used; called once, when the body has ended or is never to begin.
+    :param is_block: QEMU calls it a block job: it has events of its own beside JOB_STATUS_CHANGE, and its disks are drained as
+        it starts, which is told as a pause.
     """
 
     commit: Callable[[], None] | None = None
     abort: Callable[[], None] | None = None
     completable: bool = False
+    release: Callable[[], None] | None = None
+    is_block: bool = False
 
 
 class JobQueue:
@@ -30,6 +37,16 @@ class JobQueue:
 
     def __init__(self) -> None:
         self.jobs: deque[Job] = deque()
+
+
+class JobGroup:
+    """Jobs of one transaction with the completion mode `grouped`: all become final together, or none does. Guarded by the
+    jobs' lock.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.failed = False
 
 
 class Job:
@@ -64,6 +81,8 @@ class Job:
         self.cancel_requested = False
         self.completion_requested = False
         self.cancellable = True
+        self.group: JobGroup | None = None
+        self.started = False
         # In `wait_for_completion`: nothing is being done, a pause takes effect at once.
         self.idle = False
         # Somebody is finishing it: the body's thread, or whoever finalizes or cancels a pending job.
@@ -72,6 +91,31 @@ class Job:
     def info(self, id: str) -> JobInfo:
         """What `query-jobs` tells. :param id: the job's own, of one that has one."""
         return JobInfo(id, self.type, self.status, self.current, self.total, self.error, self.choices)
+
+    def release(self) -> BaseException | None:
+        """Not locked: the hook of that name. :return: what went wrong with it."""
+        try:
+            if self.hooks.release is not None:
+                self.hooks.release()
+        except BaseException as error:
+            return error
+        return None
+
+    def block_info(self, id: str) -> BlockJobInfo:
+        """What `query-block-jobs` tells besides. :param id: the job's own."""
+        return BlockJobInfo(
+            self.info(id),
+            self.speed,
+            busy=self.status in (JobStatus.RUNNING, JobStatus.READY) and not self.idle,
+            paused=self.pause_requested,
+            auto_finalize=self.auto_finalize,
+            auto_dismiss=self.auto_dismiss,
+        )
+
+    @property
+    def together(self) -> tuple[Job, ...]:
+        """The jobs that become final with this one, itself among them."""
+        return (self,) if self.group is None else tuple(self.group.jobs)
 
     @property
     def over(self) -> bool:

@@ -91,3 +91,18 @@ class JobInfo:
     total_progress: int
     error: str | None = None
     choices: tuple[JobChoice, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockJobInfo:
+    """A block job as `query-block-jobs` tells it.
+
+    :param speed: its limit, bytes a second; 0 for none. :param busy: something is being done at this moment.
+    """
+
+    info: JobInfo
+    speed: int
+    busy: bool
+    paused: bool
+    auto_finalize: bool
+    auto_dismiss: bool

@@ -2,10 +2,11 @@
 counterpart."""
 
 import time
+from collections.abc import Callable
 from uuid import uuid4
 
 from stillframe.block.graph import BlockGraph
-from stillframe.block.node import GroupMember, Lineage, Node, SnapshotInfo, SnapshotRecord
+from stillframe.block.node import GroupKind, GroupMember, Lineage, Node, SnapshotInfo, SnapshotRecord
 from stillframe.errors import AlreadyExists, InvalidRequest, NotFound, Refused, Unsupported
 from stillframe.machine.control import MachineControl
 from stillframe.snapshots.context import AtRest
@@ -24,34 +25,68 @@ def _root(graph: BlockGraph, node: Node) -> SnapshotNode:
     return SnapshotNode(node, store)
 
 
-def create(machine: MachineControl, graph: BlockGraph, node: Node, name: str, at_rest: AtRest) -> None:
-    """Snapshot the content of one node; the guest goes on, its requests wait for the instant alone.
+class Instant:
+    """Snapshots of single disks, and whatever else is to see the same instant of them: all of it, or nothing.
 
-    :raise Refused: in QEMU's words; nothing was touched. :raise Failed: storage; nothing has changed.
+    `add` refuses, in order; `happen` does it. The caller keeps the nodes open from the one to the other.
     """
-    root = _root(graph, node)
-    if not name:
-        raise InvalidRequest("Name is empty")
-    check_tag(name)
-    if node.read_only:
-        raise Refused(f"Device '{node.node_name}' is read-only and cannot take part in snapshots")
-    if root.named(name) is not None:
-        raise AlreadyExists(
-            f"Snapshot with name '{name}' already exists on device '{node.node_name}'",
-            remedy="Choose another name, or delete that snapshot first.",
-        )
-    node.flush()
-    identity = uuid4()
-    lineage = Lineage(identity, None, uuid4(), (GroupMember(node.node_name, identity),))
-    with frozen_nodes() as frozen:
-        with at_rest():
-            vm_clock_ns = machine.at_instant(lambda: frozen.freeze([root]))
-        date_sec, date_nsec = divmod(time.time_ns(), 1_000_000_000)
-        record = SnapshotRecord(name, date_sec, date_nsec, vm_clock_ns, lineage=lineage)
-        failing = f"Failed to create snapshot '{name}' on device '{node.node_name}'"
-        step = frozen.step(node.node_name, record)
-        with all_or_none([Step(step.node_name, step.prepare, failing)]):
-            pass
+
+    def __init__(self, machine: MachineControl, graph: BlockGraph, at_rest: AtRest) -> None:
+        self._machine = machine
+        self._at_rest = at_rest
+        self._graph = graph
+        self._wanted: dict[str, tuple[SnapshotNode, str]] = {}
+
+    def add(self, node: Node, name: str) -> None:
+        """Snapshot the content of a node. :raise Refused: in QEMU's words."""
+        root = _root(self._graph, node)
+        if not name:
+            raise InvalidRequest("Name is empty")
+        check_tag(name)
+        if node.read_only:
+            raise Refused(f"Device '{node.node_name}' is read-only and cannot take part in snapshots")
+        wanted = self._wanted.get(node.node_name)
+        if root.named(name) is not None or (wanted is not None and wanted[1] == name):
+            raise AlreadyExists(
+                f"Snapshot with name '{name}' already exists on device '{node.node_name}'",
+                remedy="Choose another name, or delete that snapshot first.",
+            )
+        if wanted is not None:
+            raise Refused(
+                f"Device '{node.node_name}' is listed twice", remedy="Make one snapshot of each device."
+            )
+        self._wanted[node.node_name] = root, name
+
+    def happen(self, also: Callable[[], None] = lambda: None) -> None:
+        """The guest goes on; its requests wait for the instant alone.
+
+        :param also: called in the instant; what it raises ends it all.
+        :raise Refused: nothing was touched. :raise Failed: storage; nothing has changed.
+        """
+        roots = [root for root, _ in self._wanted.values()]
+        for root in roots:
+            if len(roots) > 1:
+                root.store.refuse_if_unmarkable()
+            root.node.flush()
+        members = tuple(GroupMember(root.name, uuid4()) for root in roots)
+        group = uuid4()
+        with frozen_nodes() as frozen:
+
+            def freeze() -> None:
+                frozen.freeze(roots)
+                also()
+
+            with self._at_rest():
+                vm_clock_ns = self._machine.at_instant(freeze)
+            date_sec, date_nsec = divmod(time.time_ns(), 1_000_000_000)
+            steps = []
+            for (root, name), member in zip(self._wanted.values(), members, strict=True):
+                lineage = Lineage(member.snapshot, None, group, members)
+                record = SnapshotRecord(name, date_sec, date_nsec, vm_clock_ns, lineage=lineage)
+                failing = f"Failed to create snapshot '{name}' on device '{root.name}'"
+                steps.append(Step(root.name, frozen.step(root.name, record).prepare, failing))
+            with all_or_none(steps, kind=GroupKind.SAVE):
+                pass
 
 
 def delete(graph: BlockGraph, node: Node, *, id: str | None, name: str | None) -> SnapshotInfo:

@@ -7,12 +7,12 @@ removed from the graph.
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import datetime
 
 from stillframe.block.graph import BlockGraph
-from stillframe.block.node import SnapshotInfo
+from stillframe.block.node import Node, SnapshotInfo
 from stillframe.errors import NotFound
 from stillframe.jobs import JobQueue
 from stillframe.machine.control import Quiesce, StreamedMachine
@@ -142,19 +142,36 @@ class MachineSnapshots:
 
     def create_internal(self, device: str, name: str) -> None:
         """`blockdev-snapshot-internal-sync`. :param device: of the guest, or a node-name."""
+        with self.instant() as (instant, find):
+            instant.add(find(device), name)
+            instant.happen()
+
+    @contextmanager
+    def instant(self) -> Iterator[tuple[internal.Instant, Callable[[str], Node]]]:
+        """Snapshots of single disks that are made together.
+
+        :return: what gathers them, and what finds a node by the guest's device or by its own name, and keeps it open for
+            the length of the block.
+        """
         self.recover()
-        node = self._graph.find(self._node_name(device))
-        with self._graph.hold(node, "blockdev-snapshot-internal-sync"):
-            internal.create(self._machine, self._graph, node, name, self._at_rest)
+        with ExitStack() as held:
+
+            def find(device: str) -> Node:
+                node = self._graph.find(self.node_name(device))
+                held.enter_context(self._graph.hold(node, "blockdev-snapshot-internal-sync"))
+                return node
+
+            yield internal.Instant(self._machine, self._graph, self._at_rest), find
 
     def delete_internal(self, device: str, *, id: str | None, name: str | None) -> SnapshotInfo:
         """`blockdev-snapshot-delete-internal-sync`. :return: what was deleted."""
         self.recover()
-        node = self._graph.find(self._node_name(device))
+        node = self._graph.find(self.node_name(device))
         with self._graph.hold(node, "blockdev-snapshot-delete-internal-sync"):
             return internal.delete(self._graph, node, id=id, name=name)
 
-    def _node_name(self, device: str) -> str:
+    def node_name(self, device: str) -> str:
+        """Of a device of the guest, or of the node itself."""
         names = {disk.device_id: disk.node_name for disk in self._machine.disks}
         return names.get(device, device)
 

@@ -92,6 +92,18 @@ class Qcow2Node(Node):
         l1 = self._snapshots.begin_view(snapshot)
         return SnapshotView(self, l1, snapshot.disk_size, lambda: self._snapshots.end_view(snapshot))
 
+    def freeze_view(self) -> Node | None:
+        """See `Node`: a snapshot that stays pending, and is abandoned when the view is closed."""
+        from stillframe.block.qcow2.view import SnapshotView
+
+        if self.snapshot_store is None or self.read_only:
+            return None
+        pending = self._snapshots.freeze()
+        with self._image.gate.lock:
+            # A copy: the table itself may come to change in place.
+            l1 = bytes(pending.frozen_l1)
+        return SnapshotView(self, l1, self.size, pending.abandon)
+
     def write_compressed(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """`write` for whole clusters, stored compressed where that makes them smaller.
 

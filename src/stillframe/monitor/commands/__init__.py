@@ -2,6 +2,8 @@
 
 from stillframe.monitor.commands import (  # noqa: F401
     block,
+    block_job,
+    create,
     exports,
     human,
     internal_snapshots,
@@ -9,5 +11,6 @@ from stillframe.monitor.commands import (  # noqa: F401
     job,
     machine,
     snapshots,
+    transaction,
     yank,
 )

@@ -4,7 +4,6 @@ from enum import Enum
 
 import msgspec
 
-from stillframe.errors import DeviceNotActive, NotFound
 from stillframe.jobs import JobStatus
 from stillframe.monitor.host import Host
 from stillframe.monitor.schema import Structure, command, event
@@ -13,6 +12,8 @@ from stillframe.monitor.schema import Structure, command, event
 class JobType(Enum):
     """Kinds of jobs."""
 
+    BACKUP = "backup"
+    CREATE = "create"
     SNAPSHOT_LOAD = "snapshot-load"
     SNAPSHOT_SAVE = "snapshot-save"
     SNAPSHOT_DELETE = "snapshot-delete"
@@ -56,17 +57,6 @@ class JobInfo(Structure):
     total_progress: int
     error: str | msgspec.UnsetType = msgspec.UNSET
     choices: list[JobChoice] | msgspec.UnsetType = msgspec.UNSET
-
-
-class JobSpeed(Structure):
-    """How fast a job may be.
-
-    :param device: the job's id; QEMU calls it so.
-    :param speed: bytes a second; 0 for no limit.
-    """
-
-    device: str
-    speed: int
 
 
 @event("JOB_STATUS_CHANGE")
@@ -135,16 +125,3 @@ def job_finalize(host: Host, arguments: JobId) -> None:
 def job_dismiss(host: Host, arguments: JobId) -> None:
     """Forget a concluded job; its id can be used again."""
     host.jobs.dismiss(arguments.id)
-
-
-@command("block-job-set-speed")
-def block_job_set_speed(host: Host, arguments: JobSpeed) -> None:
-    """Limit how much machine state a job reads or writes in a second; 0 lifts the limit.
-
-    QEMU has no other word for it than this one of its block jobs. Only the background work is held; the guest is not, and what it
-    asks for comes at once.
-    """
-    try:
-        host.jobs.set_speed(arguments.device, arguments.speed)
-    except NotFound as error:
-        raise DeviceNotActive(f"Block job '{arguments.device}' not found") from error
