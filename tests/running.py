@@ -24,14 +24,14 @@ PATIENCE = 120.0
 """Seconds that anything may take on a host that is busy with other things."""
 
 
-def connected(path: Path, process: "subprocess.Popen[Any]") -> socket.socket:
+def connected(path: Path, process: "subprocess.Popen[Any] | None") -> socket.socket:
     """A connection to a socket of a machine that begins; its file is there a moment before anybody listens."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
             return connected_unix_socket(path)
         except (PeerError, NotFound):
-            assert process.poll() is None, f"the machine ended with {process.returncode}"
+            assert process is None or process.poll() is None, f"the machine ended with {process.returncode}"
             assert time.monotonic() < deadline, f"nobody listens at {path} after {PATIENCE} s"
             time.sleep(0.01)
 

@@ -18,7 +18,7 @@ from peers import peer
 from stillframe.block.options import parse_options
 from stillframe.cli import control, qmp, snapshot
 from stillframe.cli.main import cli
-from stillframe.cli.run_options import monitor_addresses, parse_console, parse_device, parse_memory
+from stillframe.cli.run_options import monitor_places, parse_console, parse_device, parse_memory
 from stillframe.machine.engines.qemu.command_line import drive_of, refuse_words
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,7 +113,7 @@ def test_every_command_line_that_is_shown_is_understood(
             options = nothing_runs[-1]
             parse_memory(options["memory"])
             console = parse_console(options["console"] or "none")
-            monitor_addresses(None, options["addresses"], console)
+            monitor_places(None, options["addresses"], console)
             if options["engine"] == "qemu":
                 refuse_words(options["words"])
                 drives = {drive_of(text) for text in options["devices"]} - {None}

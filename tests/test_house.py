@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "cli.image_serve": WIRE | {"block", "events", "sockets"},
     "cli.image_snapshot": WIRE | {"block", "snapshots.group", "snapshots.selection"},
     "cli.demo": WIRE | {"block.create"},
+    "cli.drop_in": WIRE | {"block", "monitor.wire"},
     "cli.run": WIRE | MONITOR | {"monitor"},
     "cli.run_options": WIRE,
     "cli.terminal": WIRE | {"machine.console"},

@@ -28,7 +28,7 @@ from stillframe.block.permissions import (
     Permissions,
 )
 from stillframe.block.structure import Edge, Entry, Structure, close_node
-from stillframe.errors import InUse, InvalidRequest, NotFound, StillframeError
+from stillframe.errors import AlreadyExists, InUse, InvalidRequest, NotFound, StillframeError
 
 
 class NodeUse:
@@ -62,6 +62,7 @@ class BlockGraph:
         self._change = threading.RLock()
         self._structure = Structure()
         self._uses: dict[NodeUse, Callable[[], None]] = {}
+        self._drives: dict[str, Node] = {}
 
     # What is there.
 
@@ -71,11 +72,15 @@ class BlockGraph:
         return entry.node if entry else None
 
     def find(self, node_name: str) -> Node:
-        """The node of that name. :raise NotFound: there is none."""
-        node = self.get(node_name)
+        """The node of that name, or of the drive of that name. :raise NotFound: there is none."""
+        node = self.get(node_name) or self._drives.get(node_name)
         if node is None:
             raise NotFound(f"Cannot find device='{node_name}' nor node-name='{node_name}'")
         return node
+
+    def drive_of(self, node: Node) -> str | None:
+        """The name of the drive that the node was opened as; None where it was none."""
+        return next((name for name, found in self._drives.items() if found is node), None)
 
     def nodes(self) -> tuple[Node, ...]:
         """All of them, the newest first."""
@@ -109,6 +114,21 @@ class BlockGraph:
             raise InvalidRequest("'node-name' must be specified for the root node")
         with self._change:
             return open_tree(self._structure, options)
+
+    def drive_add(self, name: str, options: NodeOptions) -> Node:
+        """Open a node as QEMU's `-drive` does: by a name of its own beside the node's, and for as long as the graph is there.
+
+        :raise AlreadyExists: a drive or a node has that name; otherwise as `blockdev_add`.
+        """
+        with self._change:
+            if name in self._drives:
+                raise AlreadyExists(f"Device with id '{name}' already exists")
+            if self.get(name) is not None:
+                raise AlreadyExists(f"Device name '{name}' conflicts with an existing node name")
+            node = open_tree(self._structure, options)
+            self._drives[name] = node
+            self._entry(node).holders.append(name)
+            return node
 
     def blockdev_del(self, node_name: str) -> None:
         """Close a node that `blockdev_add` opened, and what only it stood on.
@@ -176,7 +196,7 @@ class BlockGraph:
         with self._change:
             entries = tuple(self._structure.entries.values())
             self._structure.entries = {}
-            self._uses = {}
+            self._uses, self._drives = {}, {}
             failures = [error for entry in entries for error in _close_from_above(entry)]
         _raise_first(failures)
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,14 +18,14 @@ from stillframe.cli.main import EXIT_FAILED
 from stillframe.cli.run_options import (
     ConsoleOptions,
     DeviceOptions,
-    monitor_addresses,
+    MonitorPlace,
+    monitor_places,
     parse_console,
     parse_device,
     parse_memory,
 )
 from stillframe.data import bundled_guest
 from stillframe.errors import InvalidRequest
-from stillframe.monitor.addresses import Address
 
 if TYPE_CHECKING:
     from stillframe.block.graph import BlockGraph
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from stillframe.machine.console import Console
     from stillframe.machine.machine import Machine
     from stillframe.machine.tracking import HashName
+    from stillframe.monitor.host import Host
     from stillframe.monitor.server import MonitorServer
 
 _BUNDLED = Path("bundled")
@@ -46,7 +47,11 @@ waited for up to Python's 5 ms while a job or a monitor computed."""
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """Everything that was asked for, checked as far as words can be."""
+    """Everything that was asked for, checked as far as words can be.
+
+    :param entropy: whether there is a virtio-rng device.
+    :param loadvm: the snapshot to begin with.
+    """
 
     name: str | None
     board: str
@@ -58,7 +63,7 @@ class RunOptions:
     blockdevs: tuple[str, ...]
     devices: tuple[DeviceOptions, ...]
     flash: tuple[str, ...]
-    addresses: tuple[Address, ...]
+    monitors: tuple[MonitorPlace, ...]
     allow_local_users: bool
     console: ConsoleOptions
     icount: int | None
@@ -70,6 +75,8 @@ class RunOptions:
     agent: bool
     devices_as_given: tuple[str, ...]
     words: tuple[str, ...]
+    entropy: bool = True
+    loadvm: str | None = None
 
 
 @click.command(
@@ -208,7 +215,7 @@ def run(
         blockdevs=blockdevs,
         devices=() if engine == "qemu" else tuple(parse_device(text) for text in devices),
         flash=flash,
-        addresses=tuple(monitor_addresses(name, addresses, console_options)),
+        monitors=monitor_places(name, addresses, console_options),
         allow_local_users=allow_local_users,
         console=console_options,
         icount=icount,
@@ -227,24 +234,43 @@ def run(
                 "A machine in the background has no standard input and output",
                 remedy="Use --console unix:PATH or log:PATH, and --name or --qmp unix:PATH.",
             )
-        if not options.addresses:
+        if not options.monitors:
             raise InvalidRequest(
                 "A machine in the background without a monitor could not be spoken with",
                 remedy="Give it a --name, or --qmp unix:PATH.",
             )
-        return _detach([word for word in sys.argv[1:] if word != "--detach"])
-    if not options.addresses:
+        return start_detached("stillframe", [word for word in sys.argv[1:] if word != "--detach"])
+    if not options.monitors:
         click.echo("stillframe: this machine has no monitor; --name or --qmp would give it one", err=True)
+    return serve(options, lambda graph: _add_nodes(graph, options.blockdevs))
+
+
+def serve(options: RunOptions, add_nodes: "Callable[[BlockGraph], None]") -> int:
+    """Put a machine together and serve it until it ends.
+
+    :param add_nodes: opens the nodes that it begins with.
+    :return: the process's exit code.
+    """
     sys.setswitchinterval(_SWITCH_SECONDS)
-    return asyncio.run(_serve(options))
+    return asyncio.run(_serve(options, add_nodes))
 
 
-def _detach(words: Sequence[str]) -> int:
-    """Start the machine as a process of its own session; return once it listens and runs."""
+def _add_nodes(graph: "BlockGraph", texts: Sequence[str]) -> None:
+    from stillframe.block.options import parse_options
+
+    for text in texts:
+        graph.blockdev_add(parse_options(text))
+
+
+def start_detached(module: str, words: Sequence[str]) -> int:
+    """Start the machine as a process of its own session; return once it listens and runs.
+
+    :param module: the program, as Python's `-m` finds it.
+    """
     ready_read, ready_write = os.pipe()
     with os.fdopen(ready_read, "rb") as ready:
         child = subprocess.Popen(
-            [sys.executable, "-m", "stillframe", *words],
+            [sys.executable, "-m", module, *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=[ready_write],
@@ -271,9 +297,8 @@ def _tell_ready() -> None:
         ready.write(_READY)
 
 
-async def _serve(options: RunOptions) -> int:
+async def _serve(options: RunOptions, add_nodes: "Callable[[BlockGraph], None]") -> int:
     from stillframe.block.graph import BlockGraph
-    from stillframe.block.options import parse_options
     from stillframe.events import EventBus
     from stillframe.jobs import Jobs
     from stillframe.monitor.host import Host
@@ -297,18 +322,23 @@ async def _serve(options: RunOptions) -> int:
     events, graph = EventBus(), BlockGraph()
     with contextlib.ExitStack() as stack:
         stack.callback(graph.close)
-        for text in options.blockdevs:
-            graph.blockdev_add(parse_options(text))
+        add_nodes(graph)
         _recover(graph)
         console = stack.enter_context(_console(options.console, end))
         machine = _built(options, graph, console, events)
         stack.callback(machine.close)
         host = Host(machine, graph, Jobs(events), events, options.algorithm)
-        server = MonitorServer(host)
+        begun = asyncio.Event()
+        server = MonitorServer(host, begun=begun)
         try:
-            for address in options.addresses:
-                await server.listen(address, allow_local_users=options.allow_local_users)
-            await asyncio.to_thread(machine.start, paused=options.paused)
+            for place in options.monitors:
+                await server.listen(
+                    place.address, mode=place.mode, allow_local_users=options.allow_local_users
+                )
+            awaited = [server.wait_for_client(place.address) for place in options.monitors if place.waits]
+            await _first_of(ended.wait(), asyncio.gather(*awaited))
+            await asyncio.to_thread(_start, host, options)
+            begun.set()
             _tell_ready()
             await _until_over(machine, server, ended)
         finally:
@@ -318,6 +348,20 @@ async def _serve(options: RunOptions) -> int:
         click.echo(f"stillframe: {machine.failure}", err=True)
         return EXIT_FAILED
     return 0
+
+
+def _start(host: "Host", options: RunOptions) -> None:
+    """Power on; with the snapshot that was asked for, if one was. :raise StillframeError: it cannot be loaded."""
+    tag = options.loadvm
+    if tag is None:
+        host.machine.start(paused=options.paused)
+        return
+    host.machine.start(paused=True)
+    host.jobs.run_internal(
+        "loadvm", lambda context: host.snapshots.load_everything(context, tag), queue=host.snapshots.queue
+    )
+    if not options.paused:
+        host.machine.cont()
 
 
 def _built(
@@ -387,13 +431,20 @@ async def _until_over(
 
     loop, guest_ended = asyncio.get_running_loop(), asyncio.Event()
     threading.Thread(target=watch, name="machine-end", daemon=True).start()
-    waits = [asyncio.create_task(wait) for wait in (ended.wait(), guest_ended.wait(), server.wait_over())]
-    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    await _first_of(ended.wait(), guest_ended.wait(), server.wait_over())
     if guest_ended.is_set() and machine.shutdown is not None and machine.shutdown.reason == "host-qmp-quit":
         # The client that asked has its answer still to come.
         await server.wait_over()
-    for wait in waits:
-        wait.cancel()
+
+
+async def _first_of(*waits: Awaitable[object]) -> None:
+    """Wait for one of several things; the others are given up."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _machine_config(options: RunOptions, graph: "BlockGraph", console: "Console") -> "MachineConfig":
@@ -428,6 +479,7 @@ def _machine_config(options: RunOptions, graph: "BlockGraph", console: "Console"
         bios=options.bios,
         drives=tuple(drives),
         flash=tuple(banks),
+        entropy=options.entropy,
         console=console,
         icount_shift=options.icount,
         exit_on_shutdown=not options.keep_after_shutdown,

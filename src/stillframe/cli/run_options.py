@@ -23,6 +23,19 @@ class DeviceOptions:
     options: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class MonitorPlace:
+    """Where a monitor listens.
+
+    :param mode: "control" for QMP, "readline" for the human one.
+    :param waits: whether the guest does not begin before somebody has connected.
+    """
+
+    address: Address
+    mode: str = "control"
+    waits: bool = False
+
+
 _DEVICE_KEYS = {
     "virtio-blk": frozenset({"drive", "id", "serial", "werror", "rerror"}),
 }
@@ -93,7 +106,9 @@ def parse_console(text: str) -> ConsoleOptions:
     raise InvalidRequest(f"'{text}' is not a console", remedy="Use stdio, unix:PATH, log:PATH or none.")
 
 
-def monitor_addresses(name: str | None, given: tuple[str, ...], console: ConsoleOptions) -> list[Address]:
+def monitor_places(
+    name: str | None, given: tuple[str, ...], console: ConsoleOptions
+) -> tuple[MonitorPlace, ...]:
     """Where the monitors are to listen: at the name's own socket, and wherever asked.
 
     :raise InvalidRequest: not an address, or standard input and output promised twice.
@@ -107,4 +122,4 @@ def monitor_addresses(name: str | None, given: tuple[str, ...], console: Console
             "Standard input and output can serve one only: a console or a monitor",
             remedy="Put the console elsewhere: --console unix:PATH, log:PATH or none.",
         )
-    return addresses
+    return tuple(MonitorPlace(address) for address in addresses)

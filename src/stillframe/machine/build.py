@@ -44,6 +44,7 @@ class MachineConfig:
     :param memory_size: bytes of RAM.
     :param bios: firmware to start instead of a kernel: in S mode, on our SBI; with a kernel, both are loaded.
     :param flash: the nodes of the flash banks, in their order.
+    :param entropy: whether the guest has a virtio-rng device.
     :param console: the serial port's other end; None for one that drops everything.
     :param icount_shift: None: time is the host's clock; else an instruction takes `2**icount_shift` nanoseconds.
     :param exit_on_shutdown: a guest that powers itself off ends the machine.
@@ -59,6 +60,7 @@ class MachineConfig:
     bios: Path | None = None
     drives: tuple[DriveConfig, ...] = ()
     flash: tuple[Node, ...] = ()
+    entropy: bool = True
     console: Console | None = None
     icount_shift: int | None = None
     exit_on_shutdown: bool = True
@@ -125,6 +127,7 @@ def _build_virt(config: MachineConfig, events: EventBus) -> Machine:
             bios=config.bios,
             drives=drives,
             flash=config.flash,
+            entropy=config.entropy,
             console=config.console or Console(),
             icount_shift=config.icount_shift,
             exit_on_shutdown=config.exit_on_shutdown,

@@ -25,6 +25,7 @@ from stillframe.monitor.addresses import (
     refuse_open_address,
 )
 from stillframe.monitor.host import Host
+from stillframe.monitor.human_session import HumanSession
 from stillframe.monitor.session import Session, event_message
 from stillframe.monitor.streams import SocketStream, StdioStream, Stream
 from stillframe.sockets import SocketFile, listening_unix_socket
@@ -39,14 +40,19 @@ class MonitorServer:
     """All monitors of one host; lives on the control plane's loop.
 
     :param stdio: the descriptors behind the address `stdio`.
+    :param begun: until it is set clients are greeted, and nothing more; None if they need not wait.
     """
 
-    def __init__(self, host: Host, *, stdio: tuple[int, int] = (0, 1)) -> None:
+    def __init__(
+        self, host: Host, *, stdio: tuple[int, int] = (0, 1), begun: asyncio.Event | None = None
+    ) -> None:
+        self._begun = begun
         self._host = host
         self._stdio = stdio
         self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(MAX_SESSIONS, thread_name_prefix="monitor")
-        self._sessions: dict[Session, asyncio.Task[None]] = {}
+        self._sessions: dict[Session | HumanSession, asyncio.Task[None]] = {}
+        self._visited: dict[Address, asyncio.Event] = {}
         self._servers: list[asyncio.Server] = []
         self._files: list[SocketFile] = []
         self._numbers = 0
@@ -54,9 +60,12 @@ class MonitorServer:
         self._closed = False
         self._unsubscribe = host.events.subscribe(self._hear)
 
-    async def listen(self, address: Address, *, allow_local_users: bool = False) -> Address:
+    async def listen(
+        self, address: Address, *, mode: str = "control", allow_local_users: bool = False
+    ) -> Address:
         """Serve clients at an address from now on.
 
+        :param mode: "control" for QMP, "readline" for the human monitor, in QEMU's words.
         :param allow_local_users: a TCP port, which every user of the host can connect to, is wanted all the
             same.
         :return: the address, a TCP port of 0 replaced by the one that was found.
@@ -64,16 +73,16 @@ class MonitorServer:
             taken.
         """
         if isinstance(address, StdioAddress):
-            self._welcome(StdioStream(*self._stdio), address)
+            self._welcome(StdioStream(*self._stdio), address, mode)
             return address
         if isinstance(address, UnixAddress):
             sock, file = listening_unix_socket(address.path)
             self._files.append(file)
-            self._servers.append(await asyncio.start_unix_server(self._connected(address), sock=sock))
+            self._servers.append(await asyncio.start_unix_server(self._connected(address, mode), sock=sock))
             return address
         refuse_open_address(address, allow_local_users=allow_local_users)
         try:
-            server = await asyncio.start_server(self._connected(address), address.host, address.port)
+            server = await asyncio.start_server(self._connected(address, mode), address.host, address.port)
         except OSError as error:
             # The loop's own text repeats the address as a tuple.
             reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
@@ -83,7 +92,9 @@ class MonitorServer:
         self._servers.append(server)
         return TcpAddress(address.host, server.sockets[0].getsockname()[1])
 
-    def _connected(self, address: Address) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:
+    def _connected(
+        self, address: Address, mode: str
+    ) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:
         def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             stream = SocketStream(reader, writer)
             if len(self._sessions) >= MAX_SESSIONS:
@@ -92,19 +103,31 @@ class MonitorServer:
                 stream.write(wire.encode({"error": {"class": refusal.qmp_class, "desc": str(refusal)}}))
                 writer.close()
                 return
-            self._welcome(stream, address)
+            self._welcome(stream, address, mode)
 
         return connected
 
-    def _welcome(self, stream: Stream, address: Address) -> None:
+    def _welcome(self, stream: Stream, address: Address, mode: str) -> None:
         self._numbers += 1
         who = f"client {self._numbers} at {address}"
         on_tcp = isinstance(address, TcpAddress)
-        session = Session(self._host, stream, self._run_blocking, who, on_tcp=on_tcp)
+        session: Session | HumanSession
+        if mode == "readline":
+            session = HumanSession(self._host, stream, self._run_blocking, who, on_tcp=on_tcp)
+        else:
+            session = Session(self._host, stream, self._run_blocking, who, on_tcp=on_tcp)
+        self._visited.setdefault(address, asyncio.Event()).set()
         self._sessions[session] = self._loop.create_task(self._serve(session))
 
-    async def _serve(self, session: Session) -> None:
+    async def wait_for_client(self, address: Address) -> None:
+        """Wait until somebody has connected to an address, once."""
+        await self._visited.setdefault(address, asyncio.Event()).wait()
+
+    async def _serve(self, session: Session | HumanSession) -> None:
         try:
+            session.greet()
+            if self._begun is not None:
+                await self._begun.wait()
             await session.run()
         except Exception:
             _log.exception("a session failed in a way that nobody foresaw")

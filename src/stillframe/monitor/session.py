@@ -107,10 +107,13 @@ class Session:
         self._negotiated = False
         self._has_oob = False
 
-    async def run(self) -> None:
-        """Serve the client until it goes, or the machine ends."""
+    def greet(self) -> None:
+        """Say who speaks."""
         greeting = {"QMP": {"version": msgspec.to_builtins(VERSION), "capabilities": _CAPABILITIES}}
         self._stream.write(wire.encode(greeting))
+
+    async def run(self) -> None:
+        """Serve the client until it goes, or the machine ends."""
         messages = self._messages()
         async for message in messages:
             await self._serve(message)
@@ -170,12 +173,7 @@ class Session:
 
     async def finish(self, seconds: float) -> None:
         """Close once everything was taken, or `seconds` have passed."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._stream.flush()
-        except TimeoutError:
-            _log.warning("%s did not take its last messages", self._who)
-        self._stream.close()
+        await self._stream.finish(seconds, self._who)
 
     def tell(self, message: bytes) -> None:
         """Send an event, as `event_message` made it, if the client is ready for events."""

@@ -1,10 +1,13 @@
 """The two directions of a monitor's connection, whatever carries them: sockets, or standard input and output."""
 
 import asyncio
+import logging
 import os
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
+
+_log = logging.getLogger(__name__)
 
 # Small enough that the loop is free again within milliseconds, whatever is in it.
 _PIECE = 4 << 10
@@ -37,6 +40,15 @@ class Stream(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give up what is unsent."""
+
+    async def finish(self, seconds: float, who: str) -> None:
+        """Close once everything was taken, or `seconds` have passed. :param who: for the log."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self.flush()
+        except TimeoutError:
+            _log.warning("%s did not take its last messages", who)
+        self.close()
 
 
 class SocketStream(Stream):

@@ -77,6 +77,7 @@ class VirtConfig:
     bios: Path | None
     drives: tuple[Drive, ...]
     flash: tuple[BlockNode, ...]
+    entropy: bool
     console: Console
     icount_shift: int | None
     exit_on_shutdown: bool
@@ -219,7 +220,8 @@ class VirtBoard:
                 synchronous=self._counted,
             )
         last = VIRTIO_SLOTS - 1
-        devices[last] = VirtioRng(self.memory, self._line(VIRTIO_IRQ + last), deterministic=self._counted)
+        if self._config.entropy:
+            devices[last] = VirtioRng(self.memory, self._line(VIRTIO_IRQ + last), deterministic=self._counted)
         return devices
 
     def _finish(self, offset: int, size: int, value: int) -> None:

@@ -113,7 +113,7 @@ class BlockDeviceInfo(Structure, kw_only=True):
 class BlockInfo(Structure, kw_only=True):
     """A device of the guest with a node behind it.
 
-    :param device: always empty: nodes are given by their node-names.
+    :param device: the name of the drive, where the node was opened as one; else empty.
     :param qdev: the device's own name.
     :param io_status: `ok`; or `nospace` or `failed` while the guest is stopped for it.
     :param inserted: the node.
@@ -244,6 +244,7 @@ def query_block(host: Host) -> list[BlockInfo]:
     """The guest's devices with a node behind them."""
     return [
         BlockInfo(
+            device=host.graph.drive_of(host.graph.find(disk.node_name)) or "",
             qdev=disk.device_id,
             io_status=disk.io_status(),
             inserted=_node(host, host.graph.find(disk.node_name), flat=False),

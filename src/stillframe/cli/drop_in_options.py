@@ -1,0 +1,466 @@
+"""What a command line of QEMU's asks for, as far as our machine has the thing; the rest is refused in QEMU's words."""
+
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stillframe.cli.drop_in_words import BadOption, Option, key_values, size, switch
+from stillframe.cli.run_options import ConsoleOptions, DeviceOptions, MonitorPlace
+from stillframe.monitor.addresses import Address, StdioAddress, TcpAddress, UnixAddress
+
+BOARDS = {"none": "empty machine", "virt": "RISC-V VirtIO board (default)"}
+DEVICES: Mapping[str, frozenset[str]] = {
+    "virtio-blk-device": frozenset({"drive", "id", "serial", "werror", "rerror", "bus"}),
+    "virtio-rng-device": frozenset({"id", "bus"}),
+}
+_DRIVE_WORDS = frozenset(
+    {"if", "id", "file", "format", "driver", "readonly", "media", "unit", "index", "werror", "rerror"}
+)
+_MAX_SHIFT = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Drive:
+    """A `-drive`.
+
+    :param name: the drive's, beside its node's; None for a pflash bank without one.
+    :param bus: "none", "virtio" or "pflash".
+    :param node: the node's options, by their dotted keys.
+    :param policy: "werror" and "rerror", where given.
+    :param option: as it was given, for errors.
+    """
+
+    name: str | None
+    bus: str
+    node: Mapping[str, str]
+    policy: Mapping[str, str]
+    option: Option
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A `-device`. :param options: its kind and its keys. :param option: as it was given."""
+
+    options: DeviceOptions
+    option: Option
+
+
+@dataclass(slots=True)
+class Chardev:
+    """Where characters come from and go to.
+
+    :param kind: "stdio", "null", "file", "unix" or "tcp". :param address: of the last two and "stdio".
+    :param path: of "file" and "unix". :param waits: whether the guest waits for a client.
+    """
+
+    kind: str
+    address: Address | None = None
+    path: Path | None = None
+    waits: bool = False
+
+
+@dataclass(slots=True)
+class Wishes:
+    """All that was asked for, in the order in which it was asked."""
+
+    board: str = "virt"
+    memory: int = 128 << 20
+    name: str | None = None
+    uuid: str | None = None
+    kernel: Path | None = None
+    initrd: Path | None = None
+    append: str = ""
+    bios: Path | None = None
+    blockdevs: list[Option] = field(default_factory=list)
+    drives: list[Drive] = field(default_factory=list)
+    flash: dict[str, str] = field(default_factory=dict)
+    devices: list[Device] = field(default_factory=list)
+    chardevs: dict[str, Chardev] = field(default_factory=dict)
+    monitors: list[tuple[Option, str, Chardev | str]] = field(default_factory=list)
+    serial: tuple[Option, Chardev | str] | None = None
+    processors: int = 1
+    icount: int | None = None
+    loadvm: str | None = None
+    pidfile: Path | None = None
+    paused: bool = False
+    daemonize: bool = False
+    nographic: bool = False
+    bare: bool = False
+    keep_after_shutdown: bool = False
+    no_monitor: bool = False
+    questions: list[str] = field(default_factory=list)
+
+    def places(self) -> tuple[MonitorPlace, ...]:
+        """Where monitors are to listen. :raise BadOption: at a character device that there is not."""
+        found = []
+        for option, mode, chardev in self.monitors:
+            device = self._chardev(chardev)
+            if device is None:
+                raise option.refused(f'chardev "{chardev}" not found')
+            if device.address is not None:
+                found.append(MonitorPlace(device.address, mode, device.waits))
+        return tuple(found)
+
+    def on_stdio(self) -> tuple[Option, ...]:
+        """The options that use standard input and output."""
+        users = [(option, chardev) for option, _, chardev in self.monitors]
+        if self.serial is not None:
+            users.append(self.serial)
+        found = ((option, self._chardev(chardev)) for option, chardev in users)
+        return tuple(option for option, device in found if device is not None and device.kind == "stdio")
+
+    def console(self) -> ConsoleOptions:
+        """The serial port's other end. :raise BadOption: one that there is not."""
+        if self.serial is None:
+            usual = self.nographic and not self.bare and not self.daemonize
+            taken = any(isinstance(place.address, StdioAddress) for place in self.places())
+            return ConsoleOptions("stdio" if usual and not taken else "none")
+        option, chardev = self.serial
+        device = self._chardev(chardev)
+        if device is None or device.kind == "tcp":
+            raise option.refused(f"could not connect serial device to character backend '{option.value}'")
+        return ConsoleOptions(
+            {"stdio": "stdio", "file": "log", "unix": "unix", "null": "none"}[device.kind], device.path
+        )
+
+    def _chardev(self, chardev: Chardev | str) -> Chardev | None:
+        return self.chardevs.get(chardev) if isinstance(chardev, str) else chardev
+
+
+def _machine(wishes: Wishes, option: Option) -> None:
+    for key, value in key_values(option, "type").items():
+        if key == "type":
+            if value in ("help", "?"):
+                wishes.questions.append("machine")
+            elif value not in BOARDS:
+                raise BadOption(
+                    f'unsupported machine type: "{value}"\nUse -machine help to list supported machines'
+                )
+            wishes.board = value
+        elif key == "accel":
+            _accelerator(value.split(":"), "")
+        elif key in ("pflash0", "pflash1"):
+            wishes.flash[key] = value
+        elif key != "usb" or switch(option, key, value):
+            raise BadOption(f"Property '{wishes.board}-machine.{key}' not found")
+
+
+def _accel(wishes: Wishes, option: Option) -> None:
+    words = key_values(option, "accel")
+    if words.get("accel") in ("help", "?"):
+        wishes.questions.append("accel")
+        return
+    _accelerator([words.pop("accel", "")], f"{option.text}: ")
+    for key in words.keys() - {"thread", "tb-size", "one-insn-per-tb"}:
+        raise option.refused(f"Property 'tcg-accel.{key}' not found")
+
+
+def _accelerator(names: list[str], prefix: str) -> None:
+    if "tcg" not in names:
+        raise BadOption(f"{prefix}invalid accelerator {names[0]}")
+
+
+def _memory(wishes: Wishes, option: Option) -> None:
+    for key, value in key_values(option, "size").items():
+        if key != "size":
+            raise option.refused(f"Invalid parameter '{key}'")
+        wishes.memory = size(option, "size", value) or 128 << 20
+
+
+def _smp(wishes: Wishes, option: Option) -> None:
+    words = key_values(option, "cpus")
+    parts = {"cpus", "maxcpus", "sockets", "cores", "threads", "dies", "clusters"}
+    for key in words:
+        if key not in parts:
+            raise BadOption(f"Parameter 'smp.{key}' is unexpected")
+    for key, value in words.items():
+        if not value.isdigit():
+            raise BadOption(f"Parameter 'smp.{key}' expects integer")
+        wishes.processors = max(wishes.processors, int(value))
+
+
+def _cpu(wishes: Wishes, option: Option) -> None:
+    model, _, rest = option.value.partition(",")
+    if model in ("help", "?"):
+        wishes.questions.append("cpu")
+    elif model not in ("rv64", "max"):
+        raise BadOption(f"unable to find CPU model '{model}'")
+    elif rest:
+        key = rest.partition("=")[0]
+        raise BadOption(
+            f"can't apply global {model}-riscv-cpu.{rest}: Property '{model}-riscv-cpu.{key}' not found"
+        )
+
+
+def _icount(wishes: Wishes, option: Option) -> None:
+    words = key_values(option, "shift")
+    for key in words.keys() - {"shift", "align", "sleep"}:
+        raise option.refused(f"Invalid parameter '{key}'")
+    shift = words.get("shift", "")
+    if not shift.isdigit() or int(shift) > _MAX_SHIFT:
+        raise option.refused("icount: Invalid shift value")
+    wishes.icount = int(shift)
+
+
+def _name(wishes: Wishes, option: Option) -> None:
+    for key, value in key_values(option, "guest").items():
+        if key == "guest":
+            wishes.name = value
+        elif key not in ("process", "debug-threads"):
+            raise option.refused(f"Invalid parameter '{key}'")
+
+
+def _uuid(wishes: Wishes, option: Option) -> None:
+    try:
+        wishes.uuid = str(uuid.UUID(option.value))
+    except ValueError:
+        raise option.refused("failed to parse UUID string: wrong format") from None
+
+
+def _drive(wishes: Wishes, option: Option) -> None:
+    words = key_values(option, "file")
+    bus = words.get("if", "virtio")
+    if bus not in ("none", "virtio", "pflash"):
+        if bus in ("ide", "scsi", "floppy", "mtd", "sd", "xen"):
+            raise option.refused(f"machine type does not support if={bus},bus=0,unit=0")
+        raise option.refused(f"unsupported bus type '{bus}'")
+    driver = words.get("format") or words.get("driver")
+    node = {key: value for key, value in words.items() if key not in _DRIVE_WORDS}
+    if "file" not in words and not node and driver is None:
+        # An empty drive of a guest that has nowhere to put a medium.
+        return
+    if driver is not None:
+        node = {"driver": driver, **node}
+    if "file" in words:
+        node |= {"file.driver": "file", "file.filename": words["file"]}
+    if "readonly" in words and switch(option, "read-only", words["readonly"]):
+        node["read-only"] = "on"
+    if bus == "pflash":
+        bank = words.get(
+            "unit", words.get("index", str(sum(drive.bus == "pflash" for drive in wishes.drives)))
+        )
+        wishes.flash[f"pflash{bank}"] = name = words.get("id", f"pflash{bank}")
+    else:
+        name = words.get("id", f"{bus}{sum(drive.bus == bus for drive in wishes.drives)}")
+    policy = {key: value for key, value in words.items() if key in ("werror", "rerror")}
+    wishes.drives.append(Drive(name, bus, node, policy, option))
+
+
+def _disk_image(wishes: Wishes, option: Option) -> None:
+    number = sum(drive.bus == "virtio" for drive in wishes.drives)
+    node = {"file.driver": "file", "file.filename": option.value}
+    wishes.drives.append(Drive(f"virtio{number}", "virtio", node, {}, option))
+
+
+def _device(wishes: Wishes, option: Option) -> None:
+    words = key_values(option, "driver")
+    kind = words.pop("driver", "")
+    if kind in ("help", "?"):
+        wishes.questions.append("device")
+        return
+    if kind not in DEVICES:
+        raise option.refused(f"'{kind}' is not a valid device model name")
+    for key in words:
+        if key not in DEVICES[kind]:
+            raise option.refused(f"Property '{kind}.{key}' not found")
+    if kind == "virtio-blk-device" and "drive" not in words:
+        raise option.refused("drive property not set")
+    if wishes.board == "none":
+        raise option.refused(f"No 'virtio-bus' bus found for device '{kind}'")
+    words.pop("bus", None)
+    wishes.devices.append(Device(DeviceOptions(kind, words), option))
+
+
+def _chardev(wishes: Wishes, option: Option) -> None:
+    words = key_values(option, "backend")
+    kind = words.get("backend", "")
+    if "id" not in words:
+        raise option.refused("chardev: no id specified")
+    if words["id"] in wishes.chardevs:
+        raise option.refused(f"Duplicate ID '{words['id']}' for chardev")
+    wishes.chardevs[words["id"]] = _backend(option, kind, words)
+
+
+def _backend(option: Option, kind: str, words: Mapping[str, str]) -> Chardev:
+    if kind == "stdio":
+        return Chardev("stdio", StdioAddress())
+    if kind == "null":
+        return Chardev("null")
+    if kind == "file":
+        if "path" not in words:
+            raise option.refused("chardev: file: no filename given")
+        return Chardev("file", path=Path(words["path"]))
+    if kind != "socket":
+        raise option.refused(f"'{kind}' is not a valid char driver name")
+    server = switch(option, "server", words.get("server", "off"))
+    waits = server and switch(option, "wait", words.get("wait", "on"))
+    if "path" in words:
+        path = Path(words["path"])
+        if not server:
+            raise option.refused(f"Failed to connect to '{path}': only server=on is there")
+        return Chardev("unix", UnixAddress(path), path, waits)
+    if not words.get("port", "").isdigit():
+        raise option.refused("chardev: socket: no path, host or port given")
+    return Chardev("tcp", TcpAddress(words.get("host") or "127.0.0.1", int(words["port"])), None, waits)
+
+
+def _character(option: Option) -> Chardev | str | None:
+    """What `-serial`, `-qmp` and `-monitor` name in short; None for nothing."""
+    kind, _, rest = option.value.partition(":")
+    if option.value in ("none", "vc") or kind == "vc":
+        return None
+    if kind == "mon":
+        kind, _, rest = rest.partition(":")
+    if kind == "chardev":
+        return rest
+    if kind in ("stdio", "null"):
+        return _backend(option, kind, {})
+    if kind == "file":
+        return _backend(option, kind, {"path": rest})
+    if kind == "unix":
+        return _backend(option, "socket", key_values(Option(option.name, rest), "path"))
+    if kind == "tcp":
+        words = key_values(Option(option.name, rest), "host")
+        host, _, port = words.pop("host", "").rpartition(":")
+        return _backend(option, "socket", {**words, "host": host, "port": port})
+    if option.name == "serial":
+        raise BadOption(
+            f"{option.text}: '{option.value}' is not a valid char driver\n"
+            f"{option.text}: could not connect serial device to character backend '{option.value}'"
+        )
+    raise BadOption(
+        f"{option.text}: '{option.value}' is not a valid char driver\n"
+        f"{option.text}: parse error: {option.value}"
+    )
+
+
+def _serial(wishes: Wishes, option: Option) -> None:
+    found = _character(option)
+    wishes.serial = (option, Chardev("null") if found is None else found)
+
+
+def _monitor_at(mode: str) -> Callable[[Wishes, Option], None]:
+    def monitor(wishes: Wishes, option: Option) -> None:
+        found = _character(option)
+        if found is not None:
+            wishes.monitors.append((option, mode, found))
+
+    return monitor
+
+
+def _mon(wishes: Wishes, option: Option) -> None:
+    words = key_values(option, "chardev")
+    mode = words.get("mode", "readline")
+    if mode not in ("control", "readline"):
+        raise option.refused(f"Parameter 'mode' does not accept value '{mode}'")
+    for key in words.keys() - {"chardev", "mode"}:
+        raise option.refused(f"Invalid parameter '{key}'")
+    if "chardev" not in words:
+        raise option.refused("chardev is required")
+    wishes.monitors.append((option, mode, words["chardev"]))
+
+
+def _none_only(wishes: Wishes, option: Option) -> None:
+    """Options of things that we have none of, and that may be told so."""
+    if option.value.partition(",")[0] != "none":
+        what = {"display": "type"}.get(option.name, option.name)
+        raise option.refused(f"Parameter '{what}' does not accept value '{option.value}'")
+
+
+def _set(attribute: str, make: Callable[[str], object]) -> Callable[[Wishes, Option], None]:
+    def keep(wishes: Wishes, option: Option) -> None:
+        setattr(wishes, attribute, make(option.value))
+
+    return keep
+
+
+def _bios(wishes: Wishes, option: Option) -> None:
+    wishes.bios = None if option.value in ("none", "default") else Path(option.value)
+
+
+def _ask(question: str) -> Callable[[Wishes, Option], None]:
+    return lambda wishes, option: wishes.questions.append(question)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """An option that there is.
+
+    :param usage: what follows it; "" for nothing. :param text: what it does.
+    """
+
+    read: Callable[[Wishes, Option], None]
+    usage: str
+    text: str
+
+
+def _yes(attribute: str) -> Callable[[Wishes, Option], None]:
+    return _set(attribute, lambda _: True)
+
+
+OPTIONS: Mapping[str, Known] = {
+    "h": Known(_ask("help"), "", "as -help"),
+    "help": Known(_ask("help"), "", "show these lines"),
+    "version": Known(_ask("version"), "", "show whose words are spoken, and who speaks"),
+    "machine": Known(
+        _machine, "[type=]name[,accel=tcg][,pflash0=node]", "the board; -machine help lists them"
+    ),
+    "M": Known(_machine, "name", "as -machine"),
+    "cpu": Known(_cpu, "model", "the processor; -cpu help lists them"),
+    "accel": Known(_accel, "[accel=]tcg", "what runs the guest's instructions"),
+    "smp": Known(_smp, "[cpus=]n", "the number of processors: one"),
+    "m": Known(_memory, "[size=]megs", "the guest's memory"),
+    "name": Known(_name, "[guest=]name", "what the machine is called"),
+    "uuid": Known(_uuid, "uuid", "the machine's UUID"),
+    "device": Known(_device, "driver[,key=value...]", "a device; -device help lists them"),
+    "blockdev": Known(lambda w, o: w.blockdevs.append(o), "options", "a node: JSON or dotted keys"),
+    "drive": Known(
+        _drive, "file=path,format=driver,if=none|virtio|pflash,id=name...", "a node by a name, or a disk"
+    ),
+    "display": Known(_none_only, "none", "there is no display"),
+    "vga": Known(_none_only, "none", "there is no display"),
+    "net": Known(_none_only, "none", "there is no network"),
+    "nic": Known(_none_only, "none", "there is no network"),
+    "parallel": Known(_none_only, "none", "there is no parallel port"),
+    "nographic": Known(_yes("nographic"), "", "the console on standard input and output"),
+    "kernel": Known(_set("kernel", Path), "file", "a riscv64 kernel"),
+    "initrd": Known(_set("initrd", Path), "file", "its initial file system"),
+    "append": Known(_set("append", str), "words", "its command line"),
+    "bios": Known(_bios, "file", "firmware, started in S mode"),
+    "chardev": Known(_chardev, "stdio|null|file|socket,id=name...", "where characters go"),
+    "qmp": Known(_monitor_at("control"), "place", "a monitor for programs"),
+    "monitor": Known(_monitor_at("readline"), "place", "a monitor for people"),
+    "mon": Known(_mon, "[chardev=]name[,mode=readline|control]", "a monitor at a -chardev"),
+    "serial": Known(_serial, "place", "the guest's serial port"),
+    "pidfile": Known(_set("pidfile", Path), "file", "where the process's number is written"),
+    "daemonize": Known(_yes("daemonize"), "", "go on in the background"),
+    "S": Known(_yes("paused"), "", "wait for `cont`"),
+    "icount": Known(_icount, "[shift=]n", "time from the instructions counted"),
+    "loadvm": Known(_set("loadvm", str), "tag", "begin with a snapshot"),
+    "nodefaults": Known(_yes("bare"), "", "no devices that were not asked for"),
+    "no-user-config": Known(lambda wishes, option: None, "", "accepted: there are no such files"),
+    "no-shutdown": Known(_yes("keep_after_shutdown"), "", "stay when the guest powers itself off"),
+}
+"""Every option, by its name without dashes."""
+
+
+def read_wishes(options: tuple[Option, ...]) -> Wishes:
+    """:raise BadOption: in QEMU's words."""
+    wishes = Wishes()
+    # A device says what it wants of the board, which may be named after it.
+    for option in sorted(options, key=lambda option: option.name not in ("machine", "M")):
+        if option.name == "":
+            _disk_image(wishes, option)
+        else:
+            OPTIONS[option.name].read(wishes, option)
+    if wishes.processors > 1:
+        raise BadOption(
+            f"Invalid SMP CPUs {wishes.processors}. The max CPUs supported by machine '{wishes.board}' is 1"
+        )
+    for given, name in ((wishes.initrd, "initrd"), (wishes.append, "append")):
+        if given and wishes.kernel is None:
+            raise BadOption(f"-{name} only allowed with -kernel option")
+    if wishes.board == "none" and wishes.kernel is not None:
+        raise BadOption("The -kernel parameter is not supported (use the generic 'loader' device instead).")
+    return wishes

@@ -1,0 +1,147 @@
+"""`stillframe-qemu` beside the real `qemu-system-riscv64`: the same command line, the same refusal, the same exit status."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from peers import peer
+from running import PATIENCE, STILLFRAME, connected
+from stillframe.cli.drop_in_words import Option, key_values
+
+OURS = [sys.executable, "-m", "stillframe.cli.drop_in"]
+
+
+def refusal(program: list[str], words: list[str]) -> tuple[int, list[str]]:
+    """The exit status, and what standard error says but for the program's name and the chatter of QEMU's modules."""
+    run = subprocess.run(
+        [*program, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
+    )
+    lines = [line for line in run.stderr.splitlines() if not line.startswith("qemu: module")]
+    return run.returncode, [
+        line.removeprefix("stillframe-qemu").removeprefix("qemu-system-riscv64") for line in lines
+    ]
+
+
+REFUSED = [
+    "-foo",
+    "-kernel",
+    "-machine nosuch",
+    "-machine virt,foo=on",
+    "-machine none,accel=kvm",
+    "-accel kvm",
+    "-m abc",
+    "-m 1G,foo=1",
+    "-machine none -smp 2",
+    "-smp foo=1",
+    "-machine virt -cpu nosuch",
+    "-uuid abc",
+    "-icount shift=11",
+    "-name a,foo=1",
+    "-machine none -blockdev driver=nosuch,node-name=a",
+    "-machine none -blockdev driver=null-co",
+    '-machine none -blockdev {"driver":"null-co"',
+    "-machine none -blockdev null-co,node-name=a -blockdev null-co,node-name=a",
+    "-machine none -drive if=none,file=/nosuch,id=a",
+    "-machine none -drive if=nosuch",
+    "-machine virt -drive if=ide,file=/dev/null,format=raw",
+    "-machine virt /nosuch.img",
+    "-machine virt -device nosuch",
+    "-machine virt -device virtio-blk-device",
+    "-machine virt -device virtio-blk-device,drive=nosuch",
+    "-machine virt -device virtio-rng-device,foo=1",
+    "-machine none -device virtio-rng-device",
+    "-machine none -qmp foo",
+    "-machine none -monitor foo",
+    "-machine none -chardev foo,id=a",
+    "-machine none -chardev stdio",
+    "-machine none -chardev null,id=a -chardev null,id=a",
+    "-machine none -mon foo",
+    "-machine none -chardev null,id=a -mon a,mode=foo",
+    "-machine virt -serial foo",
+    "-machine virt -append x",
+    "-machine none -loadvm nope",
+    "-machine none -pidfile /nosuch/pid",
+    "-machine none -daemonize -monitor stdio",
+]
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_what_we_do_not_have_is_refused_in_qemus_words(line: str) -> None:
+    words = [*line.split(), "-display", "none"]
+    if line == "-kernel":
+        words = ["-display", "none", "-kernel"]
+    ours = refusal(OURS, words)
+    assert ours == refusal([peer("qemu-system-riscv64", "10.0")], words)
+    assert ours[0] == 1
+
+
+def test_the_human_monitor_looks_on_the_wire_as_qemus() -> None:
+    typed = b"info status\nnosuch\n\nhelp stop\n\x7fsx\x7f\x1b[A\nquit\n"
+    words = ["-machine", "none", "-display", "none", "-monitor", "stdio"]
+    ours = subprocess.run([*OURS, *words], input=typed, capture_output=True, timeout=60, check=True)
+    real = [peer("qemu-system-riscv64", "10.0"), *words]
+    theirs = subprocess.run(
+        real, input=typed.replace(b"\x1b[A", b""), capture_output=True, timeout=60, check=True
+    )
+    assert ours.stdout == theirs.stdout
+
+
+def test_a_daemon_listens_writes_its_number_and_begins_with_a_snapshot(tmp_path: Path) -> None:
+    image, qmp, pidfile = tmp_path / "a,b.qcow2", tmp_path / "qmp", tmp_path / "pid"
+    subprocess.run([*STILLFRAME, "image", "create", str(image), "1M"], check=True, capture_output=True)
+    machine = [
+        *("-machine", "virt,accel=kvm:tcg", "-m", "16", "-nodefaults", "-nographic", "-no-user-config"),
+        *("-drive", f"if=none,id=d0,file={str(image).replace(',', ',,')},format=qcow2,readonly=off"),
+        *("--device", "virtio-blk-device,drive=d0,id=vb0", "-daemonize", "-pidfile", str(pidfile)),
+        *("-chardev", f"socket,id=c,path={qmp},server=on,wait=off", "-mon", "chardev=c,mode=control"),
+    ]
+
+    def talk(*commands: str) -> list[object]:
+        with connected(qmp, None) as monitor:
+            monitor.settimeout(PATIENCE)
+            lines = monitor.makefile("rb")
+            assert b"QMP" in lines.readline()
+            answers = []
+            for command in ("qmp_capabilities", *commands):
+                name, _, words = command.partition(" ")
+                arguments = {"arguments": {"command-line": words}} if words else {}
+                monitor.sendall(json.dumps({"execute": name, **arguments}).encode())
+                while "return" not in (message := json.loads(lines.readline())):
+                    assert "event" in message, message
+                answers.append(message["return"])
+            return answers[1:]
+
+    def gone(pid: int) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while pidfile.exists():
+            assert time.monotonic() < deadline, f"process {pid} is still there"
+            time.sleep(0.01)
+
+    subprocess.run([*OURS, *machine], check=True, timeout=60)
+    pid = int(pidfile.read_text())
+    os.kill(pid, 0)
+    status, saved, disks, _ = talk("query-status", "human-monitor-command savevm one", "query-block", "quit")
+    assert (status, saved) == ({"status": "running", "running": True}, "")
+    assert [disk["device"] for disk in disks] == ["d0"]
+    gone(pid)
+    subprocess.run([*OURS, *machine, "-loadvm", "one", "-S"], check=True, timeout=60)
+    pid = int(pidfile.read_text())
+    assert talk("query-status", "quit")[0] == {"status": "prelaunch", "running": False}
+    gone(pid)
+
+
+def test_commas_are_doubled_inside_values_and_a_key_alone_is_a_switch() -> None:
+    option = Option("drive", "a,,b.img,if=none,server,nowait,x=,,,y=1")
+    assert key_values(option, "file") == {
+        "file": "a,b.img",
+        "if": "none",
+        "server": "on",
+        "wait": "off",
+        "x": ",",
+        "y": "1",
+    }
