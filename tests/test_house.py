@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "cli.drop_in": WIRE | {"block", "monitor.wire"},
     "cli.run": WIRE | MONITOR | {"monitor"},
     "cli.run_options": WIRE,
+    "cli.run_qemu": WIRE | {"block", "machine", "monitor.addresses"},
     "cli.terminal": WIRE | {"machine.console"},
     "__init__": {"client"},
     "__main__": {"cli.main"},

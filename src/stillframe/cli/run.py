@@ -30,7 +30,7 @@ from stillframe.errors import InvalidRequest
 if TYPE_CHECKING:
     from stillframe.block.graph import BlockGraph
     from stillframe.events import EventBus
-    from stillframe.machine.build import MachineConfig, QemuConfig, QemuMachine
+    from stillframe.machine.build import MachineConfig, MachineHome, QemuMachine
     from stillframe.machine.console import Console
     from stillframe.machine.machine import Machine
     from stillframe.machine.tracking import HashName
@@ -43,6 +43,8 @@ _READY_FD = "STILLFRAME_READY_FD"
 _SWITCH_SECONDS = 0.0002
 """How long a thread that computes may keep another from the interpreter. The guest's own thread needs it for every trap, and
 waited for up to Python's 5 ms while a job or a monitor computed."""
+_WORDS = "stillframe.run.words"
+_HOME = "stillframe.run.home"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +76,22 @@ class RunOptions:
     qemu: str
     agent: bool
     devices_as_given: tuple[str, ...]
+    reconnect: int
     words: tuple[str, ...]
     entropy: bool = True
     loadvm: str | None = None
 
 
+class _RunCommand(click.Command):
+    """Keeps the words that it was given: a machine's record holds them, for whoever takes it over."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        context.meta[_WORDS] = tuple(args)
+        return super().parse_args(context, args)
+
+
 @click.command(
+    cls=_RunCommand,
     epilog="""\b
 EXAMPLES
   stillframe run --name box --memory 256M --kernel Image --initrd initrd.gz --append console=ttyS0 \\
@@ -91,6 +103,7 @@ EXAMPLES
   stillframe run --engine qemu --machine q35 --name box --memory 1G \\
       --blockdev driver=qcow2,node-name=root,file.driver=file,file.filename=root.qcow2 \\
       --device virtio-blk-pci,drive=root -- -accel kvm -cpu host -nic user
+  stillframe run --adopt box
 
 \b
 ENGINES
@@ -113,7 +126,7 @@ MONITOR
   port is open to every user of this host, so it needs --allow-local-users, too.
 
 SIGTERM and SIGINT end the machine as `quit` does: jobs are cancelled and waited for, images stay
-consistent. A second one ends it at once."""
+consistent. A second one ends it at once.""",
 )
 @click.option("--name", metavar="NAME", help="What the machine is called; other commands find it by this.")
 @click.option(
@@ -169,6 +182,19 @@ consistent. A second one ends it at once."""
 )
 @click.option("--paused", is_flag=True, help="Wait for `cont` before the first instruction.")
 @click.option("--no-shutdown", is_flag=True, help="Stay when the guest powers itself off.")
+@click.option(
+    "--reconnect",
+    type=click.IntRange(1, 1 << 31),
+    default=300,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long a QEMU's disk requests wait when this process was killed, before they fail.",
+)
+@click.option(
+    "--adopt",
+    metavar="NAME",
+    help="Go on with the QEMU of a machine whose stillframe was killed; all else is as it was.",
+)
 @click.option("--detach", is_flag=True, help="Go on in the background once the machine runs.")
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 def run(
@@ -192,10 +218,15 @@ def run(
     algorithm: "HashName",
     paused: bool,
     no_shutdown: bool,
+    reconnect: int,
+    adopt: str | None,
     detach: bool,
     words: tuple[str, ...],
 ) -> int:
     """Run a machine."""
+    context = click.get_current_context()
+    if adopt is not None:
+        return _adopt(adopt, context)
     if words and engine != "qemu":
         raise InvalidRequest(
             f"'{' '.join(words)}' is for a QEMU, and the engine is {engine}", remedy="Add --engine qemu."
@@ -226,6 +257,7 @@ def run(
         qemu=qemu,
         agent=agent,
         devices_as_given=devices,
+        reconnect=reconnect,
         words=words,
     )
     if detach:
@@ -242,17 +274,44 @@ def run(
         return start_detached("stillframe", [word for word in sys.argv[1:] if word != "--detach"])
     if not options.monitors:
         click.echo("stillframe: this machine has no monitor; --name or --qmp would give it one", err=True)
-    return serve(options, lambda graph: _add_nodes(graph, options.blockdevs))
+    return serve(
+        options,
+        lambda graph: _add_nodes(graph, options.blockdevs),
+        asked=context.meta[_WORDS],
+        found=context.meta.get(_HOME),
+    )
 
 
-def serve(options: RunOptions, add_nodes: "Callable[[BlockGraph], None]") -> int:
+def _adopt(name: str, context: click.Context) -> int:
+    """Run the command that the machine was started with, but with the QEMU that there is."""
+    from stillframe.cli.run_qemu import former_request, refuse_beside_adopt
+    from stillframe.machine.build import MachineHome
+    from stillframe.monitor.addresses import machine_home
+
+    refuse_beside_adopt(context)
+    if context.params["detach"]:
+        return start_detached("stillframe", [word for word in sys.argv[1:] if word != "--detach"])
+    with contextlib.closing(MachineHome.found(machine_home(name, create=False))) as home:
+        request = former_request(home, context)
+        context.meta[_HOME] = home
+        return int(context.invoke(run, **request))
+
+
+def serve(
+    options: RunOptions,
+    add_nodes: "Callable[[BlockGraph], None]",
+    *,
+    asked: Sequence[str] = (),
+    found: "MachineHome | None" = None,
+) -> int:
     """Put a machine together and serve it until it ends.
 
-    :param add_nodes: opens the nodes that it begins with.
+    :param add_nodes: opens the nodes that it begins with. :param asked: the words that the machine was asked for with.
+    :param found: of a machine that is to be taken over.
     :return: the process's exit code.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
-    return asyncio.run(_serve(options, add_nodes))
+    return asyncio.run(_serve(options, add_nodes, asked, found))
 
 
 def _add_nodes(graph: "BlockGraph", texts: Sequence[str]) -> None:
@@ -297,7 +356,12 @@ def _tell_ready() -> None:
         ready.write(_READY)
 
 
-async def _serve(options: RunOptions, add_nodes: "Callable[[BlockGraph], None]") -> int:
+async def _serve(
+    options: RunOptions,
+    add_nodes: "Callable[[BlockGraph], None]",
+    asked_words: Sequence[str],
+    found: "MachineHome | None",
+) -> int:
     from stillframe.block.graph import BlockGraph
     from stillframe.events import EventBus
     from stillframe.jobs import Jobs
@@ -321,11 +385,18 @@ async def _serve(options: RunOptions, add_nodes: "Callable[[BlockGraph], None]")
         loop.add_signal_handler(number, asked)
     events, graph = EventBus(), BlockGraph()
     with contextlib.ExitStack() as stack:
+        home = found
+        if options.engine == "qemu" and home is None:
+            from stillframe.cli.run_qemu import new_home
+
+            # Before an image is opened, on which another QEMU may wait.
+            home = stack.enter_context(contextlib.closing(new_home(options, asked_words)))
         stack.callback(graph.close)
-        add_nodes(graph)
-        _recover(graph)
+        with _opening(found, graph):
+            add_nodes(graph)
+            _recover(graph)
         console = stack.enter_context(_console(options.console, end))
-        machine = _built(options, graph, console, events)
+        machine = _built(options, graph, console, events, home)
         stack.callback(machine.close)
         host = Host(machine, graph, Jobs(events), events, options.algorithm)
         begun = asyncio.Event()
@@ -337,7 +408,7 @@ async def _serve(options: RunOptions, add_nodes: "Callable[[BlockGraph], None]")
                 )
             awaited = [server.wait_for_client(place.address) for place in options.monitors if place.waits]
             await _first_of(ended.wait(), asyncio.gather(*awaited))
-            await asyncio.to_thread(_start, host, options)
+            await asyncio.to_thread(_start, host, options, found)
             begun.set()
             _tell_ready()
             await _until_over(machine, server, ended)
@@ -350,8 +421,13 @@ async def _serve(options: RunOptions, add_nodes: "Callable[[BlockGraph], None]")
     return 0
 
 
-def _start(host: "Host", options: RunOptions) -> None:
-    """Power on; with the snapshot that was asked for, if one was. :raise StillframeError: it cannot be loaded."""
+def _start(host: "Host", options: RunOptions, found: "MachineHome | None") -> None:
+    """Power on, or take over; with the snapshot that was asked for, if one was. :raise StillframeError: it cannot be loaded."""
+    from stillframe.machine.build import QemuMachine
+
+    if found is not None and isinstance(host.machine, QemuMachine):
+        host.machine.adopt()
+        return
     tag = options.loadvm
     if tag is None:
         host.machine.start(paused=options.paused)
@@ -364,45 +440,29 @@ def _start(host: "Host", options: RunOptions) -> None:
         host.machine.cont()
 
 
+def _opening(found: "MachineHome | None", graph: "BlockGraph") -> contextlib.AbstractContextManager[None]:
+    if found is None:
+        return contextlib.nullcontext()
+    from stillframe.cli.run_qemu import opening_again
+
+    return opening_again(found, graph)
+
+
 def _built(
-    options: RunOptions, graph: "BlockGraph", console: "Console", events: "EventBus"
+    options: RunOptions,
+    graph: "BlockGraph",
+    console: "Console",
+    events: "EventBus",
+    home: "MachineHome | None",
 ) -> "Machine | QemuMachine":
     """The machine, not yet started. :raise Refused: its words do not fit."""
     from stillframe.machine.build import build_machine, build_qemu_machine
 
-    if options.engine == "qemu":
-        return build_qemu_machine(_qemu_config(options, graph, console), events)
+    if home is not None:
+        from stillframe.cli.run_qemu import qemu_config
+
+        return build_qemu_machine(qemu_config(options, graph, console, home), events)
     return build_machine(_machine_config(options, graph, console), events)
-
-
-def _qemu_config(options: RunOptions, graph: "BlockGraph", console: "Console") -> "QemuConfig":
-    from stillframe.machine.build import QemuConfig, drive_of, refuse_words
-
-    refuse_words(options.words)
-    users = [(drive_of(text), f"device {number}") for number, text in enumerate(options.devices_as_given)]
-    users += [(name, f"flash {number}") for number, name in enumerate(options.flash)]
-    nodes = []
-    for name, user in users:
-        if name is not None:
-            node = graph.find(name)
-            graph.use(node, user, writable=not node.read_only)
-            nodes.append(node)
-    return QemuConfig(
-        name=options.name,
-        program=options.qemu,
-        machine_type=options.board or None,
-        memory_size=options.memory,
-        kernel=options.kernel,
-        initrd=options.initrd,
-        append=options.append,
-        bios=options.bios,
-        devices=options.devices_as_given,
-        nodes=tuple(nodes),
-        flash=options.flash,
-        words=options.words,
-        console=None if options.console.kind == "none" else console,
-        agent=options.agent,
-    )
 
 
 def _recover(graph: "BlockGraph") -> None:

@@ -12,7 +12,9 @@ from stillframe.machine.clock import VirtualClock
 from stillframe.machine.console import Console
 from stillframe.machine.engines import Engine, EnvironmentCall
 from stillframe.machine.engines.none import NoEngine
+from stillframe.machine.engines.qemu.adopt import take_over
 from stillframe.machine.engines.qemu.command_line import QemuConfig, drive_of, refuse_words
+from stillframe.machine.engines.qemu.home import MachineHome
 from stillframe.machine.engines.qemu.machine import QemuMachine
 from stillframe.machine.machine import Machine
 from stillframe.machine.mailbox import Mailbox
@@ -179,10 +181,12 @@ def build_qemu_machine(config: QemuConfig, events: EventBus) -> QemuMachine:
 __all__ = [
     "DriveConfig",
     "MachineConfig",
+    "MachineHome",
     "QemuConfig",
     "QemuMachine",
     "build_machine",
     "build_qemu_machine",
     "drive_of",
     "refuse_words",
+    "take_over",
 ]

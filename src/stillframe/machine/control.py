@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
+from stillframe.block.node import Node
 from stillframe.events import EventBus
 from stillframe.machine.machine import Disk, Shutdown
 from stillframe.machine.run_state import RunState
@@ -190,8 +191,11 @@ class StreamedMachine(MachineControl, Protocol):
         """Somebody to take this machine's place, ended with the block if it has not."""
         ...
 
-    def standing_still(self) -> AbstractContextManager[None]:
-        """The guest waits inside the block, and whoever is the machine by then runs after it, if it ran before."""
+    def standing_still(self, decides: Node) -> AbstractContextManager[None]:
+        """The guest waits inside the block, and whoever is the machine by then runs after it, if it ran before.
+
+        :param decides: the node whose switch inside the block is the commit: whoever takes over after our death looks there.
+        """
         ...
 
     def become(self, successor: Successor) -> None:

@@ -140,6 +140,14 @@ def machine_socket(name: str, *, create: bool) -> Path:
     return runtime_directory(create=create) / f"{name}.sock"
 
 
+def machine_home(name: str, *, create: bool) -> Path:
+    """The path of the directory of a machine that has processes of its own: RUNTIME/NAME.qemu.
+
+    :param create: :raise InvalidRequest: as of `machine_socket`.
+    """
+    return machine_socket(name, create=create).with_suffix(".qemu")
+
+
 def machine_names() -> list[str]:
     """The names under which there are sockets; a machine that was killed may have left one."""
     try:

@@ -68,7 +68,7 @@ def load_streamed(
         tell_left_out(
             machine, names, context, "its content comes with the machine state and is written into it"
         )
-        with at_rest(), machine.standing_still():
+        with at_rest(), machine.standing_still(found.node.node):
             with explained():
                 _offer(successor, later, snapshot.state_size, read, context, total)
             with all_or_none(

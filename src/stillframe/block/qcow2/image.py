@@ -198,6 +198,15 @@ class Image:
             # What these bits promise would no longer be true after the first write of a program that does not know it.
             self.set_features(autoclear=self.header.autoclear & kept)
 
+    def begin_record(self) -> None:
+        """Have the header carry the number of our record from now on, until the image is closed; see `Record.begin`.
+
+        :raise IOFailed: it could not be written.
+        """
+        if self.mapping.record is not None:
+            with self.gate.lock:
+                self.mapping.record.begin()
+
     def _announce_record(self, number: int) -> bytes:
         """Make the header carry the number of our record, until the image is closed; the world in force. Lock held."""
         header = self.world.header

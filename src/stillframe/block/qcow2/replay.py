@@ -12,7 +12,7 @@ nothing repaired before. What cannot be verified counts as lost in a power cut: 
 """
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -50,12 +50,13 @@ class Outcome(Enum):
 class Recovery:
     """What was found, and done, when an image was opened for writing.
 
-    :param entries: how many were written. :param why: for LOST.
+    :param entries: how many were written. :param why: for LOST. :param number: of the record that the header spoke of; 0 for none.
     """
 
     outcome: Outcome
     entries: int = 0
     why: str = ""
+    number: int = field(default=0, compare=False)
 
     @property
     def is_complete(self) -> bool:
@@ -88,7 +89,7 @@ def recover(image: "Image") -> Recovery:
         record = find(image.file.node, number, header.l2_entry_words * 8)
     except Refused as error:
         _take_number_out(image)
-        return Recovery(Outcome.LOST, why=error.message)
+        return Recovery(Outcome.LOST, why=error.message, number=number)
     is_over = False
     try:
         # What the entries wait for may lie there.
@@ -98,7 +99,7 @@ def recover(image: "Image") -> Recovery:
         except (Refused, ImageCorrupt) as error:
             _take_number_out(image)
             is_over = True
-            return Recovery(Outcome.LOST, why=error.message)
+            return Recovery(Outcome.LOST, why=error.message, number=number)
         try:
             image.flush_files()
         except IOFailed:
@@ -115,7 +116,7 @@ def recover(image: "Image") -> Recovery:
         is_over = True
     finally:
         record.close(remove=is_over)
-    return Recovery(Outcome.REPLAYED if entries else Outcome.CLEAN, len(entries))
+    return Recovery(Outcome.REPLAYED if entries else Outcome.CLEAN, len(entries), number=number)
 
 
 def _take_number_out(image: "Image") -> None:

@@ -109,13 +109,14 @@ class Record:
     :param node: the image's file.
     :param entry_bytes: of one L2 entry: 8, or 16 for an extended one.
     :param announce: makes the header carry this number, and returns the world in force.
+    :ivar number: by which the image's header speaks of it; never 0.
     """
 
     def __init__(self, node: Node, entry_bytes: int, announce: Callable[[int], bytes]) -> None:
         self._node = node
         self._entry_bytes = entry_bytes
         self._announce = announce
-        self._number = int.from_bytes(os.urandom(4), "big") | 1
+        self.number = int.from_bytes(os.urandom(4), "big") | 1
         self._file: _RecordFile | None = None
         self._is_tried = False
         self._changing = threading.Lock()
@@ -129,6 +130,11 @@ class Record:
     def covers(self, table: int) -> bool:
         """Whether the log speaks of this table, so that every change of it must be told."""
         return table in self._tables
+
+    def begin(self) -> None:
+        """Have the header speak of it before there is an entry: whoever else writes the image takes that away."""
+        if not self._count and not self._is_void and self._begin():
+            self.reset()
 
     def has_room(self, count: int) -> bool:
         """Whether so many entries fit."""
@@ -195,7 +201,7 @@ class Record:
         """Make it so that the first entry can be added: whether it can."""
         if not self._is_tried:
             try:
-                self._file = _RecordFile.create(self._node, self._number)
+                self._file = _RecordFile.create(self._node, self.number)
             except (StillframeError, OSError) as error:
                 import logging
 
@@ -205,7 +211,7 @@ class Record:
                     error,
                 )
             self._is_tried = True
-        world = self._announce(self._number)
+        world = self._announce(self.number)
         if self._file is None:
             return False
         self._map, self._seed = self._file.map, self._file.seed

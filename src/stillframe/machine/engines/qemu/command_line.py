@@ -13,9 +13,7 @@ from typing import Final
 from stillframe.block.node import Node
 from stillframe.errors import InvalidRequest
 from stillframe.machine.console import Console
-
-RECONNECT_SECONDS: Final = 300
-"""For which the guest's disk requests wait while nobody serves them, until somebody does again; then they fail."""
+from stillframe.machine.engines.qemu.home import MachineHome
 
 _OURS: Final = {
     "-S": "--paused",
@@ -36,6 +34,8 @@ class QemuConfig:
     :param devices: as its `-device`; those with `drive=` name a node. :param nodes: that the devices and flash use, by node-name.
     :param flash: node-names of the flash banks, in their order. :param words: all else, handed on.
     :param console: the first serial port's other end; None: QEMU's own choice.
+    :param home: the machine's directory. :param keep_after_shutdown: a guest that powers itself off does not end the machine.
+    :param reconnect_seconds: for which the guest's disk requests wait while nobody serves them; then they fail.
     :param agent: the guest gets a port for QEMU's guest agent, whose other end is ours.
     """
 
@@ -52,6 +52,9 @@ class QemuConfig:
     flash: tuple[str, ...]
     words: tuple[str, ...]
     console: Console | None
+    home: MachineHome
+    keep_after_shutdown: bool
+    reconnect_seconds: int
     agent: bool = False
 
 
@@ -83,7 +86,7 @@ def command_line(config: QemuConfig, exports: Path, *, incoming: bool) -> list[s
     if config.machine_type is not None:
         words += ["-machine", config.machine_type]
     for node in config.nodes:
-        words += ["-blockdev", json.dumps(_blockdev(node, exports))]
+        words += ["-blockdev", json.dumps(_blockdev(node, exports, config.reconnect_seconds))]
     for number, name in enumerate(config.flash):
         words += ["-machine", f"pflash{number}={name}"]
     for option, path in (("-kernel", config.kernel), ("-initrd", config.initrd), ("-bios", config.bios)):
@@ -95,19 +98,21 @@ def command_line(config: QemuConfig, exports: Path, *, incoming: bool) -> list[s
         words += ["-device", device]
     if not {"-display", "-nographic", "-vnc"} & set(config.words):
         words += ["-display", "none"]
+    if config.keep_after_shutdown:
+        words += ["-no-shutdown"]
     words += config.words
     if incoming:
         words += ["-incoming", "defer"]
     return words
 
 
-def _blockdev(node: Node, exports: Path) -> dict[str, object]:
+def _blockdev(node: Node, exports: Path, reconnect_seconds: int) -> dict[str, object]:
     return {
         "driver": "nbd",
         "node-name": node.node_name,
         "server": {"type": "unix", "path": str(exports)},
         "export": node.node_name,
-        "reconnect-delay": RECONNECT_SECONDS,
+        "reconnect-delay": reconnect_seconds,
         "read-only": node.read_only,
         "discard": "unmap",
     }

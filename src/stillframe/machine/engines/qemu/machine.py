@@ -11,9 +11,6 @@ Threads: any may call. `_control` is held through a pause of ours, so a client's
 
 import contextlib
 import logging
-import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,17 +18,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from stillframe.errors import CommandNotFound, PeerError, Refused
+from stillframe.block.node import Node
+from stillframe.errors import CommandNotFound, Failed, PeerError, Refused, StillframeError
 from stillframe.events import Event, EventBus
 from stillframe.machine.control import Quiesce, Successor
+from stillframe.machine.engines.qemu.adopt import active_table, end_migration
 from stillframe.machine.engines.qemu.agent import GuestAgent, thaw, wake
 from stillframe.machine.engines.qemu.capture import Capture, Capturing, MigrationStatus, Pause
 from stillframe.machine.engines.qemu.command_line import QemuConfig, command_line, drive_of
 from stillframe.machine.engines.qemu.console import SerialRelay
 from stillframe.machine.engines.qemu.disks import DiskExports
+from stillframe.machine.engines.qemu.home import LoadNote, ProcessNote, open_process
 from stillframe.machine.engines.qemu.monitor import asked
 from stillframe.machine.engines.qemu.outside import refuse_outside_state
-from stillframe.machine.engines.qemu.process import QemuProcess
+from stillframe.machine.engines.qemu.process import QemuProcess, socket_words
+from stillframe.machine.engines.qemu.running import Running, Started, started_at
 from stillframe.machine.engines.qemu.successor import QemuSuccessor
 from stillframe.machine.machine import Disk, Shutdown
 from stillframe.machine.run_state import RunState
@@ -64,8 +65,9 @@ class QemuMachine:
         self.events = events
         self.memory_size = config.memory_size
         self._config = config
-        self._directory = Path(tempfile.mkdtemp(prefix="stillframe-", dir=os.environ.get("XDG_RUNTIME_DIR")))
-        self._exports = DiskExports(self._directory / "disks", config.nodes)
+        self._home = config.home
+        self._home.mark_nodes(config.nodes)
+        self._exports = DiskExports(self._home.path / "disks", config.nodes)
         self._serial = SerialRelay(config.console) if config.console is not None else None
         self._control = threading.RLock()
         self._quiet = 0
@@ -75,8 +77,10 @@ class QemuMachine:
         self._number = 0
         self._state = RunState.PRELAUNCH
         self._memory_lost: str | None = None
+        self._told: Shutdown | None = None
         self._shutdown: Shutdown | None = None
         self._begun = threading.Event()
+        self._ending = threading.Lock()
         self._ended = threading.Event()
         self._process: QemuProcess | None = None
         self._status = MigrationStatus()
@@ -143,18 +147,60 @@ class QemuMachine:
     def start(self, *, paused: bool = False) -> None:
         """Start QEMU. :raise Refused: it does not take its command line, in its words."""
         try:
-            self._process = self._spawn(self._status, incoming=False)
+            self._home.note(runs=not paused)
+            running, number = self._spawn(incoming=False)
+            self._home.note(process=ProcessNote(number, running.pid, started_at(running.pid)))
+            try:
+                self._process = self._connected(running, number, self._status)
+            except BaseException:
+                running.kill()
+                raise
         finally:
             self._begun.set()
         self._attach_serial(self._process)
         if not paused:
             self.cont()
+        self._home.forget_intent()
 
-    def _spawn(self, status: MigrationStatus, *, incoming: bool) -> QemuProcess:
+    def adopt(self) -> None:
+        """Instead of `start`: the QEMU of the record, which `adopt.take_over` has left as the machine, is ours.
+
+        :raise Refused: it has ended meanwhile, or its guest cannot go on. :raise PeerError: it does not answer. It is ended then.
+        """
+        record = self._home.record
+        note = record.process if record is not None else None
+        try:
+            running = open_process(note) if note is not None else None
+            if record is None or note is None or running is None:
+                raise Refused("The machine's QEMU has ended")
+            self._number = note.directory
+            try:
+                process = self._connected(running, note.directory, self._status)
+                end_migration(process.monitor)
+            except BaseException as error:
+                running.kill()
+                if isinstance(error, StillframeError):
+                    error.left = "Its QEMU was ended, as if its plug was pulled; its images are whole"
+                raise
+            self._process = process
+        finally:
+            self._begun.set()
+        self._attach_serial(process)
+        if record.runs and not self.runs():
+            process.monitor.execute("cont")
+        self._home.forget_intent()
+
+    def _spawn(self, *, incoming: bool) -> tuple[Running, int]:
+        """A process, and the number of its directory. Without a record nobody would find it when we are gone: it ends with us."""
         self._number += 1
-        directory = self._directory / str(self._number)
+        directory = self._home.path / str(self._number)
         directory.mkdir(mode=0o700)
         words = command_line(self._config, self._exports.path, incoming=incoming)
+        words += socket_words(directory, serial=self._serial is not None, agent=self._config.agent)
+        running = Started(words, directory / "errors", ends_with_us=self._home.record is None)
+        return running, self._number
+
+    def _connected(self, running: Running, number: int, status: MigrationStatus) -> QemuProcess:
         process: QemuProcess | None = None
 
         def hear(event: Event) -> None:
@@ -168,9 +214,7 @@ class QemuMachine:
             if process is not None and process is self._process:
                 self._has_ended(process)
 
-        process = QemuProcess(
-            words, directory, hear, ended, serial=self._serial is not None, agent=self._config.agent
-        )
+        process = QemuProcess(running, self._home.path / str(number), hear, ended)
         return process
 
     def _attach_serial(self, process: QemuProcess) -> None:
@@ -185,18 +229,28 @@ class QemuMachine:
         if event.name == "SHUTDOWN":
             if self._shutdown is not None:
                 return
-            self._shutdown = Shutdown(bool(event.data.get("guest")), str(event.data.get("reason")))
+            # It may stay all the same: -no-shutdown.
+            self._told = Shutdown(bool(event.data.get("guest")), str(event.data.get("reason")))
         self.events.tell(lambda: event)
 
     def _has_ended(self, process: QemuProcess) -> None:
-        """On the thread that read its monitor."""
+        """On the thread that read its monitor, or that made it the machine."""
         process.wait(_QUIT_SECONDS)
-        if self._shutdown is None:
-            self._shutdown = Shutdown(guest=False, reason="host-error")
-            self.failure = f"QEMU ended with {process.exit_text}: {process.last_words or 'it said nothing'}"
-            self._state = RunState.INTERNAL_ERROR
-            self.events.emit("SHUTDOWN", guest=False, reason="host-error")
+        with self._ending:
+            self._say_why_it_ended(process)
         self._ended.set()
+
+    def _say_why_it_ended(self, process: QemuProcess) -> None:
+        if self._shutdown is None:
+            self._shutdown = self._told or Shutdown(guest=False, reason="host-error")
+            self._state = RunState.SHUTDOWN
+            if self._told is None or process.exit_status:
+                self.failure = (
+                    f"QEMU ended with {process.exit_text}: {process.last_words or 'it said nothing'}"
+                )
+                self._state = RunState.INTERNAL_ERROR
+            if self._told is None:
+                self.events.emit("SHUTDOWN", guest=False, reason="host-error")
 
     def quit(self, reason: str = "host-qmp-quit") -> None:
         """End the machine; returns at once. A job under way sees QEMU's end."""
@@ -227,7 +281,7 @@ class QemuMachine:
             if self._serial is not None:
                 self._serial.close()
             self._exports.close()
-            shutil.rmtree(self._directory, ignore_errors=True)
+            self._home.close()
 
     # What clients do to the guest
 
@@ -236,6 +290,7 @@ class QemuMachine:
         with self._control:
             self._stop_asked = True
             self._ask("stop")
+            self._home.forget_intent()
 
     def cont(self) -> None:
         """Let the guest run. :raise Refused: not all of its memory has come; or QEMU refuses."""
@@ -289,6 +344,8 @@ class QemuMachine:
             self._quiet += 1
             try:
                 pause = Pause(ran=self._query_state(_QUIT_SECONDS) is RunState.RUNNING)
+                if pause.ran:
+                    self._home.note(runs=True)
                 try:
                     if stop is not None:
                         stop()
@@ -302,6 +359,7 @@ class QemuMachine:
                             self._qemu.monitor.execute("cont")
             finally:
                 self._quiet -= 1
+                self._home.forget_intent()
 
     def runs(self) -> bool:
         """Whether QEMU says so."""
@@ -321,12 +379,13 @@ class QemuMachine:
             self._stops_itself = False
 
     @contextmanager
-    def standing_still(self) -> Iterator[None]:
+    def standing_still(self, decides: Node) -> Iterator[None]:
         """See `control.StreamedMachine`. Clients hear of it, as of a load of QEMU's."""
         ran = False
         try:
             with self.paused() as pause:
                 ran = pause.ran
+                self._home.note(load=LoadNote(decides.node_name, active_table(decides)))
                 if ran:
                     self.events.emit("STOP")
                 yield
@@ -349,6 +408,9 @@ class QemuMachine:
                 at_instant()
 
         process = self._qemu
+        if self.runs():
+            # Memory that is sent before the pause has QEMU stop the guest by itself.
+            self._home.note(runs=True)
         capturing = Capturing(process.monitor, process.directory, self._status, self, self._config.words)
         quiesced = partial(self._quiesced, quiesce)
         with capturing.captured(with_disks_at_rest, refuse_if_cancelled, quiesced) as capture:
@@ -420,7 +482,13 @@ class QemuMachine:
     def successor(self) -> Iterator[QemuSuccessor]:
         """See `control.StreamedMachine`."""
         status = MigrationStatus()
-        process = self._spawn(status, incoming=True)
+        running, number = self._spawn(incoming=True)
+        try:
+            self._home.note(successor=ProcessNote(number, running.pid, started_at(running.pid)), load=None)
+            process = self._connected(running, number, status)
+        except BaseException:
+            running.kill()
+            raise
         found = QemuSuccessor(process, status)
         try:
             yield found
@@ -429,17 +497,30 @@ class QemuMachine:
             if process is not self._process:
                 process.kill()
                 process.remove_files()
+                self._home.try_to_note(successor=None, load=None)
+            elif self._memory_lost is None:
+                self._home.try_to_note(filling=False)
 
     def become(self, successor: Successor) -> None:
         """See `control.StreamedMachine`."""
         if not isinstance(successor, QemuSuccessor):
             raise TypeError("the successor of a QEMU is a QEMU")
-        former, self._process, self._status = self._qemu, successor.process, successor.status
+        process = successor.process
+        if process.monitor.ended:
+            raise Failed(f"The QEMU that was to go on ended with {process.exit_text}: {process.last_words}")
+        # Nothing may fail from here on: the images would go back.
+        former, self._process, self._status = self._qemu, process, successor.status
         self._memory_lost = None
         self._wake_due = True
-        self._attach_serial(successor.process)
+        with contextlib.suppress(PeerError):
+            self._attach_serial(process)
         former.kill()
+        if self._home.record is not None:
+            now = self._home.record.successor
+            self._home.try_to_note(process=now, successor=None, load=None, filling=successor.is_filling)
         former.remove_files()
+        if process.monitor.ended:
+            self._has_ended(process)
 
     def lose_memory(self, why: str) -> None:
         """See `control.StreamedMachine`. Its processors wait for pages that will not come; QEMU is not asked to stop them."""

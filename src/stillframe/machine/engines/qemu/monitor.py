@@ -10,6 +10,7 @@ import json
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -32,7 +33,8 @@ class QemuMonitor:
 
     :param connection: to QEMU's monitor socket; closed with this.
     :param on_event: told of every event, in order. :param on_end: called once, when QEMU has closed the connection.
-    :raise PeerError: what answers is no monitor.
+    :param deadline: of the monotonic clock, by when it must have greeted; None waits for the connection's end.
+    :raise PeerError: what answers is no monitor, or nothing does.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class QemuMonitor:
         connection: socket.socket,
         on_event: Callable[[Event], None],
         on_end: Callable[[], None] = lambda: None,
+        deadline: float | None = None,
     ) -> None:
         self._socket = connection
         self._on_event = on_event
@@ -51,7 +54,10 @@ class QemuMonitor:
         self._ids = itertools.count()
         self._ended = False
         self._lines = connection.makefile("rb")
+        if deadline is not None:
+            connection.settimeout(max(0.01, deadline - time.monotonic()))
         greeting = self._message()
+        connection.settimeout(None)
         if greeting is None or "QMP" not in greeting:
             self._socket.close()
             raise PeerError("QEMU's monitor did not greet as one", remedy="See what QEMU printed.")

@@ -6,21 +6,20 @@
       agent                the guest agent's port, where there is one: QEMU listens
       errors               what it prints
 
-It is a session of its own and does not end with us: what we do when we are gone, and another takes over, is in adopt.py.
+What becomes of it when we are gone, and who takes it over, is in adopt.py.
 """
 
 import contextlib
-import os
-import signal
-import subprocess
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from stillframe.errors import IOFailed, NotFound, PeerError, Refused
+from stillframe.errors import PeerError, Refused
 from stillframe.events import Event
 from stillframe.machine.engines.qemu.monitor import QemuMonitor
+from stillframe.machine.engines.qemu.running import Running
 from stillframe.sockets import connected_unix_socket
 
 START_SECONDS: Final = 60.0
@@ -35,78 +34,23 @@ _ERRORS_SHOWN: Final = 2000
 class QemuProcess:
     """One process, with its monitor.
 
-    :param words: the program and its arguments, without those of its sockets.
+    :param running: started with `socket_words` of that directory.
     :param directory: its own; made by the caller, removed with `remove_files`.
     :param on_event: :param on_end: as `QemuMonitor`.
-    :raise NotFound: there is no such program. :raise Refused: QEMU ended at once, in its words.
+    :raise Refused: QEMU ended at once, in its words. :raise PeerError: it does not answer; it lives.
     """
 
     def __init__(
         self,
-        words: Sequence[str],
+        running: Running,
         directory: Path,
         on_event: Callable[[Event], None],
         on_end: Callable[[], None] = lambda: None,
-        *,
-        serial: bool = False,
-        agent: bool = False,
     ) -> None:
         self.directory = directory
-        self._serial = serial
-        self._agent = agent
+        self._process = running
         self._words_taken = 0
-        argv = [*words, *self._socket_words()]
-        try:
-            with (directory / "errors").open("wb") as errors:
-                self._process = subprocess.Popen(
-                    argv,
-                    stdin=subprocess.DEVNULL,
-                    stdout=errors,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-        except FileNotFoundError as error:
-            raise NotFound(
-                f"There is no program '{words[0]}'",
-                remedy="Install QEMU (apt-get install qemu-system-x86), or name it: --qemu PROGRAM.",
-            ) from error
-        except OSError as error:
-            raise IOFailed(
-                f"Could not start '{words[0]}': {error.strerror}", errno=error.errno or 0
-            ) from error
-        try:
-            self.monitor = self._connect(on_event, on_end)
-        except BaseException:
-            self.kill()
-            raise
-
-    def _socket_words(self) -> list[str]:
-        words = [
-            "-chardev",
-            f"socket,id=stillframe-qmp,path={self._escaped('qmp')},server=on,wait=off",
-            "-mon",
-            "chardev=stillframe-qmp,mode=control",
-        ]
-        if self._serial:
-            words += [
-                "-chardev",
-                f"socket,id=stillframe-serial,path={self._escaped('serial')},server=on,wait=off",
-                "-serial",
-                "chardev:stillframe-serial",
-            ]
-        if self._agent:
-            words += [
-                "-chardev",
-                f"socket,id=stillframe-agent,path={self._escaped('agent')},server=on,wait=off",
-                "-device",
-                "virtio-serial,id=stillframe-agent-bus",
-                "-device",
-                f"virtserialport,bus=stillframe-agent-bus.0,chardev=stillframe-agent,name={AGENT_PORT}",
-            ]
-        return words
-
-    def _escaped(self, name: str) -> str:
-        return str(self.directory / name).replace(",", ",,")
+        self.monitor = self._connect(on_event, on_end)
 
     def _connect(self, on_event: Callable[[Event], None], on_end: Callable[[], None]) -> QemuMonitor:
         """Ends with the monitor's greeting, with QEMU's death, or with its time."""
@@ -115,7 +59,9 @@ class QemuProcess:
             if (self.directory / "qmp").exists():
                 # It may end at any time: the reason is in what it prints.
                 with contextlib.suppress(PeerError):
-                    return QemuMonitor(connected_unix_socket(self.directory / "qmp"), on_event, on_end)
+                    return QemuMonitor(
+                        connected_unix_socket(self.directory / "qmp"), on_event, on_end, deadline
+                    )
             if self.wait(_POLL_SECONDS):
                 raise Refused(self.last_words or f"QEMU ended at once, with {self.exit_text}")
             if time.monotonic() > deadline:
@@ -145,38 +91,42 @@ class QemuProcess:
 
     @property
     def exit_text(self) -> str:
-        """How it ended, in words; "nothing" while it lives."""
-        code = self._process.poll()
-        if code is None:
-            return "nothing"
-        if code < 0:
-            return f"signal {signal.Signals(-code).name}"
-        return f"status {code}"
+        """How it ended, in words."""
+        return self._process.exit_text
 
     @property
     def exit_status(self) -> int | None:
-        """None while it lives; negative for a signal."""
-        return self._process.poll()
+        """None while it lives, and where it is not known; negative for a signal."""
+        return self._process.status
 
     def wait(self, seconds: float | None = None) -> bool:
         """Whether it has ended within that time."""
-        try:
-            self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
+        return self._process.wait(seconds)
 
     def kill(self) -> None:
         """End it at once, and wait for that; the files of it stay. A second time, nothing."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._process.pid, signal.SIGKILL) if self._process.poll() is None else None
-        self._process.wait()
-        if hasattr(self, "monitor"):
-            self.monitor.close()
+        self._process.kill()
+        self.monitor.close()
 
     def remove_files(self) -> None:
         """Take away its directory; it must have ended."""
-        for name in ("qmp", "serial", "agent", "errors", "migration"):
-            (self.directory / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.directory.rmdir()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def socket_words(directory: Path, *, serial: bool, agent: bool) -> list[str]:
+    """QEMU's options for the sockets that it is to listen at. :param serial: whether the first serial port is ours.
+
+    :param agent: whether the guest gets a port for its agent.
+    """
+
+    def chardev(name: str) -> str:
+        path = str(directory / name).replace(",", ",,")
+        return f"socket,id=stillframe-{name},path={path},server=on,wait=off"
+
+    words = ["-chardev", chardev("qmp"), "-mon", "chardev=stillframe-qmp,mode=control"]
+    if serial:
+        words += ["-chardev", chardev("serial"), "-serial", "chardev:stillframe-serial"]
+    if agent:
+        words += ["-chardev", chardev("agent"), "-device", "virtio-serial,id=stillframe-agent-bus", "-device"]
+        words += [f"virtserialport,bus=stillframe-agent-bus.0,chardev=stillframe-agent,name={AGENT_PORT}"]
+    return words

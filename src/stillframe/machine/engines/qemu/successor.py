@@ -104,6 +104,11 @@ class QemuSuccessor:
             )
         return IOFailed(f"QEMU does not take the machine state: {error}", errno=errno.EINVAL)
 
+    @property
+    def is_filling(self) -> bool:
+        """Whether its memory comes while it runs."""
+        return self._source is not None
+
     def fill(self, progress: Callable[[int], None], checkpoint: Callable[[], None]) -> None:
         """See `control.Successor`."""
         if self._source is not None:
