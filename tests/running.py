@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,6 +117,8 @@ class Console:
 class RunningMachine:
     """`with RunningMachine(directory, "--memory", "64M", ...) as machine:`; ends with the block, whatever happens."""
 
+    program: Sequence[str] = STILLFRAME
+
     def __init__(self, directory: Path, *words: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.qmp = directory / "qmp.sock"
@@ -125,7 +127,7 @@ class RunningMachine:
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [
-                    *STILLFRAME,
+                    *self.program,
                     "run",
                     "--qmp",
                     f"unix:{self.qmp}",

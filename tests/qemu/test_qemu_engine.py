@@ -5,79 +5,15 @@ One guest a version is booted and serves all tests of that version: each leaves 
 
 import asyncio
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from guest.consoles import GuestProcess
-from peers import checking_guest, peer
-from running import RunningMachine
+from guest.qemu_machines import BEAT, VERSIONS, QemuMachine, check_image, create, qemu_words, tags
 from stillframe.client import Client, connect
 from stillframe.errors import StillframeError
-
-VERSIONS = ["7.2", "10.0"]
-BEAT = r"HB (\d+) t=\d+ gap=\d+ bad=(\d+) nonce=([0-9a-f]+)"
-MACHINE = "pc-q35-7.2"
-CPU = "qemu64,-cx16"
-"""See docs/guest.md: with it, 7.2 sometimes fails to start this kernel."""
-APPEND = "console=ttyS0 quiet no_timer_check period=20 mb=16"
-
-
-def qemu_words(version: str, image: Path, *more: str) -> list[str]:
-    """QEMU alone, with the same devices."""
-    files = checking_guest("x86_64")
-    words = [peer("qemu-system-x86_64", version), "-machine", MACHINE, "-m", "128M"]
-    words += ["-cpu", CPU, "-nodefaults"]
-    words += ["-no-user-config", "-display", "none", "-serial", "stdio"]
-    words += ["-kernel", str(files["kernel"]), "-initrd", str(files["check-initrd"]), "-append", APPEND]
-    words += ["-blockdev", f"driver=qcow2,node-name=root,file.driver=file,file.filename={image}"]
-    return [*words, "-device", "virtio-blk-pci,drive=root", "-device", "virtio-rng-pci,id=rng", *more]
-
-
-class QemuMachine(RunningMachine):
-    """`stillframe run --engine qemu` with the checking guest on one disk."""
-
-    def __init__(self, directory: Path, version: str, *more: str) -> None:
-        files = checking_guest("x86_64")
-        self.version = version
-        self.image = directory / "root.qcow2"
-        if not self.image.exists():
-            directory.mkdir(parents=True, exist_ok=True)
-            create(self.image)
-        words = ["--engine", "qemu", "--qemu", peer("qemu-system-x86_64", version), "--machine", MACHINE]
-        words += ["--memory", "128M", "--kernel", str(files["kernel"])]
-        words += ["--initrd", str(files["check-initrd"]), "--append", APPEND]
-        words += ["--blockdev", f"driver=qcow2,node-name=root,file.driver=file,file.filename={self.image}"]
-        words += ["--device", "virtio-blk-pci,drive=root", *more, "--", "-cpu", CPU]
-        words += ["-nodefaults", "-no-user-config", "-device", "virtio-rng-pci,id=rng"]
-        super().__init__(directory / "machine", *words)
-
-    def beat(self) -> int:
-        """The number of a heartbeat to come; it found no fault."""
-        self.console.skip()
-        found = self.console.until(BEAT)
-        assert found[2] == "0", found[0]
-        return int(found[1])
-
-    def delete(self, tag: str) -> None:
-        self.talk(lambda client: client.delete(tag, devices=["root"]))
-
-
-def tags(machine: QemuMachine) -> list[str]:
-    (block,) = machine.execute("query-block")
-    return [each["name"] for each in block["inserted"]["image"].get("snapshots", ())]
-
-
-def create(image: Path) -> None:
-    subprocess.run([peer("qemu-img"), "create", "-q", "-f", "qcow2", str(image), "64M"], check=True)
-
-
-def check_image(image: Path, *, in_use: bool = False) -> None:
-    """A machine at work has clusters that it will use: they look lost, and nothing else is wrong."""
-    done = subprocess.run([peer("qemu-img"), "check", "-U", str(image)], stdout=subprocess.PIPE, text=True)
-    assert done.returncode in ((0, 3) if in_use else (0,)), done.stdout
 
 
 @pytest.fixture(

@@ -70,6 +70,7 @@ def take_over(home: MachineHome, find: Callable[[str], Node | None]) -> None:
     if record.successor is not None and (other := open_process(record.successor)) is not None:
         other.kill()
     home.note(successor=None, load=None)
+    home.clear_but(record.process)
     home.stays = False
 
 

@@ -24,8 +24,9 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
-from stillframe.errors import IOFailed, PeerError, StreamCorrupt
+from stillframe.errors import IOFailed, PeerError, StreamCorrupt, io_failed
 from stillframe.events import Event
+from stillframe.machine.engines.qemu.keeper import Keeper
 from stillframe.machine.engines.qemu.monitor import QemuMonitor
 from stillframe.machine.engines.qemu.postmigrate import leave_postmigrate
 from stillframe.machine.engines.qemu.spool import Spool
@@ -176,9 +177,18 @@ class Capture:
 
     def source(self, on_read: Callable[[int], None] = lambda offset: None) -> StateSource:
         """The stream behind its head; to be read once."""
-        source = StateSource(self._spool.read, ENDLESS, on_read=on_read)
+        source = StateSource(self._read, ENDLESS, on_read=on_read)
         source.seek(self._begin)
         return source
+
+    def _read(self, offset: int, length: int) -> bytes:
+        """:raise IOFailed: the stream ended before its end."""
+        data = self._spool.read(offset, length)
+        if len(data) < length:
+            self._status.wait_for(lambda status: False, _SETUP_SECONDS)
+            if self._status.now != "completed":
+                raise self.failure()
+        return data
 
     def rest(self, offset: int, most: int) -> bytes:
         """Everything from `offset` to the stream's end, once QEMU says that it is complete.
@@ -283,7 +293,13 @@ class Capturing:
             "migrate-set-parameters", {"max-bandwidth": _BANDWIDTH, "downtime-limit": _DOWNTIME_MS}
         )
         listener, file = listening_unix_socket(self._path)
-        spool = Spool(listener)
+        try:
+            outlives_us = how == "background" and not self._modern
+            spool = Spool(listener, Keeper(listener) if outlives_us else None)
+        except OSError as error:
+            listener.close()
+            file.remove()
+            raise io_failed("Could not start the process that reads on if this one is killed", error) from error
         capture = Capture(spool, self._monitor, self._status)
         capture.how, capture.why = how, why
         if why:

@@ -210,6 +210,12 @@ class MachineHome:
                 node.image.begin_record()
         self.note(marked=True)
 
+    def clear_but(self, note: ProcessNote) -> None:
+        """Take away the directories of all other QEMUs, which have ended."""
+        for each in self.path.iterdir():
+            if each.name.isdecimal() and each.name != str(note.directory):
+                shutil.rmtree(each, ignore_errors=True)
+
     def close(self) -> None:
         """Take everything away, unless it `stays`; a second time, nothing."""
         if self._lock is None:

@@ -43,6 +43,7 @@ _log = logging.getLogger(__name__)
 _QUIT_SECONDS: Final = 10.0
 _STATUS_SECONDS: Final = 1.0
 _HIDDEN_EVENTS: Final = frozenset({"MIGRATION", "MIGRATION_PASS"})
+_NOBODY_ASKED: Final = frozenset({"host-signal", "host-error"})
 _OURS_ALONE: Final = frozenset(
     {"quit", "qmp_capabilities", "query-migrate", "query-migrate-capabilities", "query-migrate-parameters"}
     | {"blockdev-add", "blockdev-del", "blockdev-reopen", "snapshot-save", "snapshot-load", "snapshot-delete"}
@@ -177,6 +178,8 @@ class QemuMachine:
             try:
                 process = self._connected(running, note.directory, self._status)
                 end_migration(process.monitor)
+                # Where a stream was to come that nobody waits for any more.
+                (process.directory / "migration").unlink(missing_ok=True)
             except BaseException as error:
                 running.kill()
                 if isinstance(error, StillframeError):
@@ -244,7 +247,7 @@ class QemuMachine:
         if self._shutdown is None:
             self._shutdown = self._told or Shutdown(guest=False, reason="host-error")
             self._state = RunState.SHUTDOWN
-            if self._told is None or process.exit_status:
+            if self._told is None or self._told.reason in _NOBODY_ASKED or process.exit_status:
                 self.failure = (
                     f"QEMU ended with {process.exit_text}: {process.last_words or 'it said nothing'}"
                 )

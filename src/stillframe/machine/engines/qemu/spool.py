@@ -17,6 +17,7 @@ import threading
 from typing import Final
 
 from stillframe.errors import IOFailed, io_failed
+from stillframe.machine.engines.qemu.keeper import Keeper
 
 _log = logging.getLogger(__name__)
 
@@ -30,11 +31,12 @@ _PUNCH_HOLE: Final = 0x02 | 0x01
 class Spool:
     """One stream, from the first byte to the last.
 
-    :param listener: where QEMU will connect, once; closed with this.
+    :param listener: where QEMU will connect, once; closed with this. :param keeper: reads on when we are killed; closed with this.
     :raise IOFailed: there is no place for temporary files.
     """
 
-    def __init__(self, listener: socket.socket) -> None:
+    def __init__(self, listener: socket.socket, keeper: Keeper | None = None) -> None:
+        self._keeper = keeper
         try:
             self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (closed by `close`)
         except OSError as error:
@@ -54,6 +56,8 @@ class Spool:
         buffer = memoryview(bytearray(_TAKEN_AT_ONCE))
         try:
             self._connection, _ = self._listener.accept()
+            if self._keeper is not None:
+                self._keeper.give(self._connection)
             # The reader waits for the beginning byte by byte. Behind it the kernel fills the buffer: QEMU sends a few pages at
             # a time, and to ask for the interpreter's lock after each would make it wait.
             while count := self._connection.recv_into(
@@ -136,6 +140,8 @@ class Spool:
         """Give everything back; a second time, nothing."""
         self.give_up()
         self._thread.join()
+        if self._keeper is not None:
+            self._keeper.close()
         for end in (self._connection, self._listener):
             if end is not None:
                 end.close()

@@ -1,0 +1,21 @@
+"""Machines of these tests are found by name in a place of their own, and leave no QEMU there."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from guest.qemu_machines import qemus_of
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where machines are found by name. What QEMU is left on it is ended; none may be."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    yield tmp_path / "stillframe"
+    left = qemus_of(tmp_path)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []

@@ -1,0 +1,146 @@
+"""What is left when QEMU dies: images that are whole, older snapshots that load, a clear word, and no process or file.
+
+`dying.py` kills it, or us, at a step of a save or load that is chosen by its number. Here a few are, another each day;
+STILLFRAME_LONG=1 goes through all of them.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from guest.qemu_machines import (
+    VERSIONS,
+    QemuMachine,
+    SmallMachine,
+    beat,
+    check_image,
+    listed,
+    qemu_of,
+    steps,
+)
+from running import RunningMachine
+from stillframe.client import Client
+from stillframe.errors import StillframeError
+
+QEMUS = [pytest.param(version, marks=pytest.mark.xdist_group(f"qemu-{version}")) for version in VERSIONS]
+
+
+def outcome_of(machine: RunningMachine, operation: str, tag: str) -> str:
+    """What a client is told of it; "done" for a success."""
+    try:
+        (machine.save if operation == "save" else machine.load)(tag)
+    except (StillframeError, OSError) as error:
+        return str(error)
+    return "done"
+
+
+def test_qemu_that_is_killed_ends_the_machine_with_a_word_and_nothing_is_left(
+    tmp_path: Path, runtime: Path
+) -> None:
+    with SmallMachine(tmp_path / "m", "10.0", "--name", "box") as machine:
+        beat(machine)
+
+        async def shutdown(client: Client) -> object:
+            async with client.events("SHUTDOWN") as events:
+                os.kill(qemu_of(runtime), signal.SIGABRT)
+                return (await anext(events)).data
+
+        assert machine.talk(shutdown) == {"guest": False, "reason": "host-error"}
+        assert machine.process.wait(30) == 1
+    assert "QEMU ended with signal SIGABRT" in machine.log.read_text()
+    assert list(runtime.iterdir()) == []
+    check_image(machine.image, in_use=True)
+
+
+def test_qemu_that_somebody_ends_says_so_with_its_last_words(tmp_path: Path, runtime: Path) -> None:
+    with SmallMachine(tmp_path / "m", "7.2") as machine:
+        beat(machine)
+        os.kill(qemu_of(runtime), signal.SIGTERM)
+        assert machine.process.wait(30) == 1
+    assert "terminating on signal 15" in machine.log.read_text()
+    check_image(machine.image)
+
+
+@pytest.mark.xdist_group("qemu-10.0")
+def test_guest_that_powers_off_ends_the_machine_unless_it_is_to_stay(tmp_path: Path, runtime: Path) -> None:
+    with QemuMachine(tmp_path / "m", "10.0", "--no-shutdown") as machine:
+        machine.console.until("HB 3 ")
+        machine.console.type("poweroff\n")
+        while (status := machine.execute("query-status"))["status"] == "running":
+            time.sleep(0.02)
+        assert status == {"status": "shutdown", "running": False}
+        machine.execute("system_reset")
+        machine.execute("cont")
+        machine.console.until("boot nonce=")
+        machine.console.until("HB 3 ")
+        machine.execute("set-action", shutdown="poweroff")
+        machine.console.type("poweroff\n")
+        assert machine.process.wait(60) == 0, machine.log.read_text()
+    check_image(machine.image)
+
+
+@pytest.mark.parametrize("version", QEMUS)
+def test_qemu_killed_at_any_step_of_a_save_costs_that_snapshot_at_most(
+    version: str, tmp_path: Path, runtime: Path
+) -> None:
+    for number in steps("save", 2):
+        directory = tmp_path / str(number)
+        with SmallMachine(directory, version, "--name", "box", dying=("machine", number)) as machine:
+            beat(machine)
+            outcome = outcome_of(machine, "save", "new")
+            if not machine.died.exists():
+                machine.quit()
+                break
+            assert machine.process.wait(60) == 1
+        step = machine.died.read_text()
+        assert "QEMU ended with signal SIGKILL" in machine.log.read_text(), step
+        assert list(runtime.iterdir()) == [], step
+        check_image(machine.image, in_use=True)
+        assert (outcome == "done") <= ("new" in listed(machine.image)), (step, outcome)
+
+
+@pytest.mark.parametrize("who", ["machine", "successor"])
+@pytest.mark.parametrize("version", QEMUS)
+def test_either_qemu_killed_at_any_step_of_a_load_leaves_snapshots_that_load(
+    version: str, who: str, tmp_path: Path, runtime: Path
+) -> None:
+    with SmallMachine(tmp_path / "m", version) as machine:
+        beat(machine)
+        machine.save("kept")
+        machine.quit()
+    for number in steps("load", 2):
+        with SmallMachine(tmp_path / "m", version, "--name", "box", dying=(who, number)) as machine:
+            beat(machine)
+            outcome = outcome_of(machine, "load", "kept")
+            if not machine.died.exists():
+                machine.quit()
+                break
+            step = f"{machine.died.read_text()}: {outcome}"
+            if who == "successor" and machine.process.poll() is None and is_served(machine):
+                # Before it was the machine: the former one goes on.
+                assert outcome != "done", step
+                beat(machine)
+                machine.load("kept")
+                beat(machine)
+                machine.quit()
+            else:
+                assert machine.process.wait(60) == 1, step
+        assert list(runtime.iterdir()) == [], step
+        check_image(machine.image, in_use=True)
+        assert listed(machine.image) == ["kept"]
+
+
+def is_served(machine: RunningMachine) -> bool:
+    """Whether the machine goes on; one that ends says so soon."""
+    try:
+        machine.execute("query-status")
+        machine.process.wait(2)
+    except subprocess.TimeoutExpired:
+        return True
+    except (StillframeError, OSError):
+        pass
+    return False
