@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from stillframe import __version__
 from stillframe.cli.drop_in_options import BOARDS, DEVICES, OPTIONS, Drive, Wishes, read_wishes
 from stillframe.cli.drop_in_words import BadOption, Option, split_words
-from stillframe.cli.run import RunOptions, serve, start_detached
-from stillframe.cli.run_options import DeviceOptions
+from stillframe.cli.run_options import DeviceOptions, RunOptions
+from stillframe.cli.serve import serve, start_detached
 from stillframe.data import idle_firmware
 from stillframe.errors import InvalidRequest, StillframeError
 

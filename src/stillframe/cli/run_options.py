@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from stillframe.errors import InvalidRequest, Unsupported
 from stillframe.monitor.addresses import Address, StdioAddress, UnixAddress, machine_socket, parse_address
@@ -123,3 +124,38 @@ def monitor_places(
             remedy="Put the console elsewhere: --console unix:PATH, log:PATH or none.",
         )
     return tuple(MonitorPlace(address) for address in addresses)
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Everything that was asked for, checked as far as words can be.
+
+    :param entropy: whether there is a virtio-rng device.
+    :param loadvm: the snapshot to begin with.
+    """
+
+    name: str | None
+    board: str
+    memory: int
+    kernel: Path | None
+    initrd: Path | None
+    append: str
+    bios: Path | None
+    blockdevs: tuple[str, ...]
+    devices: tuple[DeviceOptions, ...]
+    flash: tuple[str, ...]
+    monitors: tuple[MonitorPlace, ...]
+    allow_local_users: bool
+    console: ConsoleOptions
+    icount: int | None
+    algorithm: Literal["xxh3", "blake3"]
+    paused: bool
+    keep_after_shutdown: bool
+    engine: str
+    qemu: str
+    agent: bool
+    devices_as_given: tuple[str, ...]
+    reconnect: int
+    words: tuple[str, ...]
+    entropy: bool = True
+    loadvm: str | None = None

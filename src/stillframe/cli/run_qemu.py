@@ -14,7 +14,7 @@ from stillframe.monitor.addresses import machine_home
 
 if TYPE_CHECKING:
     from stillframe.block.graph import BlockGraph
-    from stillframe.cli.run import RunOptions
+    from stillframe.cli.run_options import RunOptions
     from stillframe.machine.console import Console
 
 _WITH_ADOPT = frozenset({"adopt", "console", "addresses", "allow_local_users", "detach"})

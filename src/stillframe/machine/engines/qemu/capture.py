@@ -299,7 +299,9 @@ class Capturing:
         except OSError as error:
             listener.close()
             file.remove()
-            raise io_failed("Could not start the process that reads on if this one is killed", error) from error
+            raise io_failed(
+                "Could not start the process that reads on if this one is killed", error
+            ) from error
         capture = Capture(spool, self._monitor, self._status)
         capture.how, capture.why = how, why
         if why:

@@ -1,0 +1,296 @@
+"""A machine served from its options until it ends: nodes, machine, jobs and monitors put together."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from stillframe.cli.main import EXIT_FAILED
+from stillframe.cli.run_options import ConsoleOptions, RunOptions
+
+if TYPE_CHECKING:
+    from stillframe.block.graph import BlockGraph
+    from stillframe.events import EventBus
+    from stillframe.machine.build import MachineConfig, MachineHome, QemuMachine
+    from stillframe.machine.console import Console
+    from stillframe.machine.machine import Machine
+    from stillframe.monitor.host import Host
+    from stillframe.monitor.server import MonitorServer
+
+_READY = b"ready\n"
+_READY_FD = "STILLFRAME_READY_FD"
+_SWITCH_SECONDS = 0.0002
+"""How long a thread that computes may keep another from the interpreter. The guest's own thread needs it for every trap, and
+waited for up to Python's 5 ms while a job or a monitor computed."""
+
+
+def serve(
+    options: RunOptions,
+    add_nodes: "Callable[[BlockGraph], None]",
+    *,
+    asked: Sequence[str] = (),
+    found: "MachineHome | None" = None,
+) -> int:
+    """Put a machine together and serve it until it ends.
+
+    :param add_nodes: opens the nodes that it begins with. :param asked: the words that the machine was asked for with.
+    :param found: of a machine that is to be taken over.
+    :return: the process's exit code.
+    """
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    return asyncio.run(_serve(options, add_nodes, asked, found))
+
+
+def start_detached(module: str, words: Sequence[str]) -> int:
+    """Start the machine as a process of its own session; return once it listens and runs.
+
+    :param module: the program, as Python's `-m` finds it.
+    """
+    ready_read, ready_write = os.pipe()
+    with os.fdopen(ready_read, "rb") as ready:
+        child = subprocess.Popen(
+            [sys.executable, "-m", module, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[ready_write],
+            env={**os.environ, _READY_FD: str(ready_write)},
+            start_new_session=True,
+        )
+        os.close(ready_write)
+        if ready.read() == _READY:
+            # It is nobody's child any more that a `wait` would be for.
+            child.returncode = 0
+            return 0
+    return child.wait()
+
+
+def _tell_ready() -> None:
+    """Let a waiting `--detach` go; from then on nobody reads what we print."""
+    text = os.environ.pop(_READY_FD, None)
+    if text is None:
+        return
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 2)
+    os.close(null)
+    with os.fdopen(int(text), "wb") as ready:
+        ready.write(_READY)
+
+
+async def _serve(
+    options: RunOptions,
+    add_nodes: "Callable[[BlockGraph], None]",
+    asked_words: Sequence[str],
+    found: "MachineHome | None",
+) -> int:
+    from stillframe.block.graph import BlockGraph
+    from stillframe.events import EventBus
+    from stillframe.jobs import Jobs
+    from stillframe.monitor.host import Host
+    from stillframe.monitor.server import MonitorServer
+
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+
+    def end() -> None:
+        loop.call_soon_threadsafe(ended.set)
+
+    def asked() -> None:
+        if ended.is_set():
+            # Whoever asks twice does not want to wait for a job's end; images are whole after any death.
+            click.echo("stillframe: ended at once, without waiting for jobs", err=True)
+            os._exit(EXIT_FAILED)
+        ended.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, asked)
+    events, graph = EventBus(), BlockGraph()
+    with contextlib.ExitStack() as stack:
+        home = found
+        if options.engine == "qemu" and home is None:
+            from stillframe.cli.run_qemu import new_home
+
+            # Before an image is opened, on which another QEMU may wait.
+            home = stack.enter_context(contextlib.closing(new_home(options, asked_words)))
+        stack.callback(graph.close)
+        with _opening(found, graph):
+            add_nodes(graph)
+            _recover(graph)
+        console = stack.enter_context(_console(options.console, end))
+        machine = _built(options, graph, console, events, home)
+        stack.callback(machine.close)
+        host = Host(machine, graph, Jobs(events), events, options.algorithm)
+        begun = asyncio.Event()
+        server = MonitorServer(host, begun=begun)
+        try:
+            for place in options.monitors:
+                await server.listen(
+                    place.address, mode=place.mode, allow_local_users=options.allow_local_users
+                )
+            awaited = [server.wait_for_client(place.address) for place in options.monitors if place.waits]
+            await _first_of(ended.wait(), asyncio.gather(*awaited))
+            await asyncio.to_thread(_start, host, options, found)
+            begun.set()
+            _tell_ready()
+            await _until_over(machine, server, ended)
+        finally:
+            await asyncio.to_thread(host.end, "host-signal")
+            await server.close()
+    if machine.failure is not None:
+        click.echo(f"stillframe: {machine.failure}", err=True)
+        return EXIT_FAILED
+    return 0
+
+
+def _start(host: "Host", options: RunOptions, found: "MachineHome | None") -> None:
+    """Power on, or take over; with the snapshot that was asked for, if one was. :raise StillframeError: it cannot be loaded."""
+    from stillframe.machine.build import QemuMachine
+
+    if found is not None and isinstance(host.machine, QemuMachine):
+        host.machine.adopt()
+        return
+    tag = options.loadvm
+    if tag is None:
+        host.machine.start(paused=options.paused)
+        return
+    host.machine.start(paused=True)
+    host.jobs.run_internal(
+        "loadvm", lambda context: host.snapshots.load_everything(context, tag), queue=host.snapshots.queue
+    )
+    if not options.paused:
+        host.machine.cont()
+
+
+def _opening(found: "MachineHome | None", graph: "BlockGraph") -> contextlib.AbstractContextManager[None]:
+    if found is None:
+        return contextlib.nullcontext()
+    from stillframe.cli.run_qemu import opening_again
+
+    return opening_again(found, graph)
+
+
+def _built(
+    options: RunOptions,
+    graph: "BlockGraph",
+    console: "Console",
+    events: "EventBus",
+    home: "MachineHome | None",
+) -> "Machine | QemuMachine":
+    """The machine, not yet started. :raise Refused: its words do not fit."""
+    from stillframe.machine.build import build_machine, build_qemu_machine
+
+    if home is not None:
+        from stillframe.cli.run_qemu import qemu_config
+
+        return build_qemu_machine(qemu_config(options, graph, console, home), events)
+    return build_machine(_machine_config(options, graph, console), events)
+
+
+def _recover(graph: "BlockGraph") -> None:
+    """Before anything reads the nodes: what a crash left of operations over several of them is brought to an end.
+
+    :raise StillframeError: a node is in the middle of a load that its images here do not suffice to resolve.
+    """
+    from stillframe.snapshots.recovery import recover_graph, refuse_withheld, snapshot_nodes
+
+    found = recover_graph(graph)
+    for each in found:
+        click.echo(f"stillframe: {each}", err=True)
+    refuse_withheld(snapshot_nodes(graph.nodes()), found)
+
+
+async def _until_over(
+    machine: "Machine | QemuMachine", server: "MonitorServer", ended: asyncio.Event
+) -> None:
+    """Wait for a signal, Ctrl-A x, a client's `quit`, or the guest's own end."""
+
+    def watch() -> None:
+        machine.wait()
+        with contextlib.suppress(RuntimeError):
+            # The loop is gone where something else has ended the machine first.
+            loop.call_soon_threadsafe(guest_ended.set)
+
+    loop, guest_ended = asyncio.get_running_loop(), asyncio.Event()
+    threading.Thread(target=watch, name="machine-end", daemon=True).start()
+    await _first_of(ended.wait(), guest_ended.wait(), server.wait_over())
+    if guest_ended.is_set() and machine.shutdown is not None and machine.shutdown.reason == "host-qmp-quit":
+        # The client that asked has its answer still to come.
+        await server.wait_over()
+
+
+async def _first_of(*waits: Awaitable[object]) -> None:
+    """Wait for one of several things; the others are given up."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _machine_config(options: RunOptions, graph: "BlockGraph", console: "Console") -> "MachineConfig":
+    from stillframe.machine.build import DriveConfig, MachineConfig
+
+    drives = []
+    for number, device in enumerate(options.devices):
+        node = graph.find(device.options["drive"])
+        user = device.options.get("id", f"virtio-blk {number}")
+        graph.use(node, user, writable=not node.read_only)
+        drives.append(
+            DriveConfig(
+                node,
+                device.options.get("id"),
+                device.options.get("serial", ""),
+                device.options.get("werror", "enospc"),
+                device.options.get("rerror", "report"),
+            )
+        )
+    banks = []
+    for number, name in enumerate(options.flash):
+        node = graph.find(name)
+        graph.use(node, f"flash {number}", writable=not node.read_only)
+        banks.append(node)
+    return MachineConfig(
+        name=options.name,
+        board=options.board,
+        memory_size=options.memory,
+        kernel=options.kernel,
+        initrd=options.initrd,
+        append=options.append,
+        bios=options.bios,
+        drives=tuple(drives),
+        flash=tuple(banks),
+        entropy=options.entropy,
+        console=console,
+        icount_shift=options.icount,
+        exit_on_shutdown=not options.keep_after_shutdown,
+    )
+
+
+@contextlib.contextmanager
+def _console(options: ConsoleOptions, end: Callable[[], None]) -> "Iterator[Console]":
+    from stillframe.machine.console import Console, LogConsole, SocketConsole
+
+    if options.kind == "stdio":
+        from stillframe.cli.terminal import TerminalConsole, raw_terminal
+
+        with raw_terminal():
+            console: Console = TerminalConsole(end)
+            with contextlib.closing(console):
+                yield console
+        return
+    path = options.path or Path()
+    console = {
+        "unix": lambda: SocketConsole(path),
+        "log": lambda: LogConsole(path),
+        "none": Console,
+    }[options.kind]()
+    with contextlib.closing(console):
+        yield console
