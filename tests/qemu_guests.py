@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,21 @@ def without_userfaultfd(directory: Path, program: str) -> str:
     return str(script)
 
 
+@dataclass(frozen=True, slots=True)
+class Board:
+    """What differs between the guests' architectures."""
+
+    machine: str
+    words: tuple[str, ...]
+    devices: str
+
+
+BOARDS = {
+    "x86_64": Board(MACHINE, ("-cpu", CPU, "-nodefaults", "-no-user-config"), "pci"),
+    "riscv64": Board("virt", (), "device"),
+}
+
+
 class GuestMachine(RunningMachine):
     """`stillframe run --engine qemu` with a Linux guest on one disk, `root`.
 
@@ -65,8 +81,9 @@ class GuestMachine(RunningMachine):
         append: str = APPEND,
         flash: Sequence[tuple[str, str, Path]] = (),
         memory: str = "128M",
+        architecture: str = "x86_64",
     ) -> None:
-        files = checking_guest("x86_64")
+        files, board = checking_guest(architecture), BOARDS[architecture]
         self.version = version
         self.able = True
         """Whether its QEMU may track what the guest writes."""
@@ -74,12 +91,12 @@ class GuestMachine(RunningMachine):
         if not self.image.exists():
             directory.mkdir(parents=True, exist_ok=True)
             create(self.image)
-        program = program or peer("qemu-system-x86_64", version)
-        ours = ["--engine", "qemu", "--qemu", program, "--machine", MACHINE, "--memory", memory]
+        program = program or peer(f"qemu-system-{architecture}", version)
+        ours = ["--engine", "qemu", "--qemu", program, "--machine", board.machine, "--memory", memory]
         if initrd is not None:
             ours += ["--kernel", str(files["kernel"]), "--initrd", str(files[initrd]), "--append", append]
         ours += ["--blockdev", f"driver=qcow2,node-name=root,file.driver=file,file.filename={self.image}"]
-        ours += ["--device", "virtio-blk-pci,drive=root", *options]
+        ours += ["--device", f"virtio-blk-{board.devices},drive=root", *options]
         for name, driver, path in flash:
             read_only = ",read-only=on" if name == "code" else ""
             ours += [
@@ -87,8 +104,7 @@ class GuestMachine(RunningMachine):
                 f"driver={driver},node-name={name},file.driver=file,file.filename={path}{read_only}",
             ]
             ours += ["--flash", name]
-        ours += ["--", "-cpu", CPU]
-        ours += ["-nodefaults", "-no-user-config", "-device", "virtio-rng-pci,id=rng", *words]
+        ours += ["--", *board.words, "-device", f"virtio-rng-{board.devices},id=rng", *words]
         super().__init__(directory / "machine", *ours)
 
     def beat(self) -> int:

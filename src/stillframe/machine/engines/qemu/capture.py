@@ -252,10 +252,14 @@ class Capturing:
         self._words = words
         self._modern = monitor.version >= (8, 0, 0)
 
-    def how(self, *, runs: bool) -> tuple[How, str]:
-        """Which way it will be, and why not the better one; asks QEMU."""
+    def how(self, state: str) -> tuple[How, str]:
+        """Which way it will be, and why not the better one; asks QEMU. :param state: the run state, in its word."""
+        runs = state == "running"
         if not runs and not self._modern:
             return "stopped", "a QEMU before 8 would let a paused guest run"
+        if state not in ("running", "paused"):
+            # QEMU ends itself: from "prelaunch", for one, there is no way to "paused" in its table of run states.
+            return "stopped", f"QEMU would not survive another way in its run state '{state}'"
         try:
             self._capabilities(background=True)
         except PeerError as error:
@@ -288,7 +292,7 @@ class Capturing:
         :raise Failed: QEMU does not give it; the guest goes on.
         """
         self._status.begin()
-        how, why = self.how(runs=self._guest.runs())
+        how, why = self.how(self._monitor.execute("query-status")["status"])
         self._monitor.execute(
             "migrate-set-parameters", {"max-bandwidth": _BANDWIDTH, "downtime-limit": _DOWNTIME_MS}
         )

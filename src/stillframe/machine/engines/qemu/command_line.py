@@ -13,6 +13,7 @@ from typing import Final
 from stillframe.block.node import Node
 from stillframe.errors import InvalidRequest
 from stillframe.machine.console import Console
+from stillframe.machine.engines.qemu.display import aside
 from stillframe.machine.engines.qemu.home import MachineHome
 
 _OURS: Final = {
@@ -75,10 +76,12 @@ def drive_of(device: str) -> str | None:
     return None
 
 
-def command_line(config: QemuConfig, exports: Path, *, incoming: bool) -> list[str]:
+def command_line(config: QemuConfig, exports: Path, *, successor_in: Path | None) -> list[str]:
     """The program and its arguments; it waits for `cont`.
 
-    :param exports: the socket of our exports, each named as its node. :param incoming: it is to be given its state.
+    :param exports: the socket of our exports, each named as its node.
+    :param successor_in: the private directory of one that is to be given its state, beside another with the same words; None for
+        the first.
     """
     words = [config.program, "-S", "-m", f"{config.memory_size >> 20}M"]
     if config.name is not None:
@@ -100,10 +103,9 @@ def command_line(config: QemuConfig, exports: Path, *, incoming: bool) -> list[s
         words += ["-display", "none"]
     if config.keep_after_shutdown:
         words += ["-no-shutdown"]
-    words += config.words
-    if incoming:
-        words += ["-incoming", "defer"]
-    return words
+    if successor_in is None:
+        return [*words, *config.words]
+    return [*words, *aside(config.words, successor_in / "vnc"), "-incoming", "defer"]
 
 
 def _blockdev(node: Node, exports: Path, reconnect_seconds: int) -> dict[str, object]:

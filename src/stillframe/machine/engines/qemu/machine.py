@@ -28,6 +28,7 @@ from stillframe.machine.engines.qemu.capture import Capture, Capturing, Migratio
 from stillframe.machine.engines.qemu.command_line import QemuConfig, command_line, drive_of
 from stillframe.machine.engines.qemu.console import SerialRelay
 from stillframe.machine.engines.qemu.disks import DiskExports
+from stillframe.machine.engines.qemu.display import addresses, move
 from stillframe.machine.engines.qemu.home import LoadNote, ProcessNote, open_process
 from stillframe.machine.engines.qemu.monitor import asked
 from stillframe.machine.engines.qemu.outside import refuse_outside_state
@@ -198,7 +199,7 @@ class QemuMachine:
         self._number += 1
         directory = self._home.path / str(self._number)
         directory.mkdir(mode=0o700)
-        words = command_line(self._config, self._exports.path, incoming=incoming)
+        words = command_line(self._config, self._exports.path, successor_in=directory if incoming else None)
         words += socket_words(directory, serial=self._serial is not None, agent=self._config.agent)
         running = Started(words, directory / "errors", ends_with_us=self._home.record is None)
         return running, self._number
@@ -517,10 +518,12 @@ class QemuMachine:
         self._wake_due = True
         with contextlib.suppress(PeerError):
             self._attach_serial(process)
+        display = addresses(former.monitor)
         former.kill()
         if self._home.record is not None:
             now = self._home.record.successor
             self._home.try_to_note(process=now, successor=None, load=None, filling=successor.is_filling)
+        move(process.monitor, display)
         former.remove_files()
         if process.monitor.ended:
             self._has_ended(process)
