@@ -1,8 +1,11 @@
 """The Python client, with our monitor and with a real QEMU's."""
 
 import asyncio
+import json
+import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -369,3 +372,34 @@ def test_a_server_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pyt
     with strange_server(tmp_path / "s", b"") as address:
         with pytest.raises(PeerError, match="did not greet"):
             run(touch(address))
+
+
+# QEMU's own tools
+
+
+def test_the_shell_of_qemus_own_library_reads_the_schema_and_holds_a_transaction(tmp_path: Path) -> None:
+    lines = [
+        "query-qmp-schema",
+        "blockdev-add driver=null-co node-name=n0 size=1048576",
+        "blockdev-add driver=null-co node-name=n1 size=1048576",
+        "transaction(",
+        "blockdev-backup job-id=b device=n0 target=n1 sync=full auto-dismiss=false",
+        ")",
+        "query-jobs",
+    ]
+    program = Path(sys.executable).with_name("qmp-shell")
+    with served(tmp_path / "s") as (server, address):
+        run = subprocess.run(
+            [program, str(address.path)],
+            input="\n".join(lines) + "\n",
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            env=os.environ | {"HOME": str(tmp_path)},
+        )
+        assert server.host.jobs.wait_concluded("b", PATIENCE) is not None
+    replies = [json.loads(line[line.index("{") :]) for line in run.stdout.splitlines() if '{"' in line]
+    assert all("return" in reply for reply in replies), run.stdout
+    names = {entry["name"] for entry in replies[0]["return"]}
+    assert {"transaction", "yank", "JOB_STATUS_CHANGE"} <= names
+    assert replies[-1]["return"][0]["id"] == "b"
