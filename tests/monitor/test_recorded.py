@@ -172,6 +172,7 @@ def test_what_is_declared_has_the_members_and_types_of_qemu(name: str, client: C
             assert mine == real
     assert ours[name]["meta-type"] == theirs[name]["meta-type"]
     assert ours[name].get("features") == theirs[name].get("features")
+    assert ours[name].get("allow-oob") == theirs[name].get("allow-oob")
 
 
 def covers(real: Any, mine: Any, path: str) -> None:

@@ -293,6 +293,9 @@ def freeze(image: Image) -> Pending:
     with image.gate.drained():
         image.refuse_if_broken()
         if image.pending is not None or image.gate.is_switching:
-            raise InUse("Another pending snapshot of the image has not been committed or abandoned")
+            raise InUse(
+                "Another pending snapshot of the image has not been committed or abandoned",
+                remedy="Wait for the job that saves or copies the disk, or cancel it.",
+            )
         image.pending = image.shows = pending = Pending(image)
         return pending
