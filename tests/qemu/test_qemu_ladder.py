@@ -19,7 +19,7 @@ from running import stillframe
 from stillframe.client import Client
 from stillframe.errors import StillframeError
 from stillframe.events import EventBus
-from stillframe.machine.build import QemuConfig, QemuMachine
+from stillframe.machine.build import MachineHome, QemuConfig, QemuMachine
 from stillframe.machine.console import LogConsole
 from stillframe.machine.engines.qemu import capture as capture_module
 
@@ -169,7 +169,7 @@ def within(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A guest that rewrites memory all the time, whose QEMU may not track that; the machine is in this process."""
     directory = tmp_path_factory.mktemp("within")
     files = checking_guest("x86_64")
-    with closing(LogConsole(directory / "console")) as console:
+    with closing(MachineHome.temporary()) as home, closing(LogConsole(directory / "console")) as console:
         config = QemuConfig(
             name=None,
             program=without_userfaultfd(directory, peer("qemu-system-x86_64", request.param)),
@@ -182,6 +182,9 @@ def within(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             devices=(),
             nodes=(),
             flash=(),
+            home=home,
+            keep_after_shutdown=False,
+            reconnect_seconds=0,
             words=("-cpu", CPU, "-nodefaults", "-no-user-config", "-device", "virtio-rng-pci"),
             console=console,
         )
