@@ -85,6 +85,7 @@ class QemuMachine:
         self._ending = threading.Lock()
         self._ended = threading.Event()
         self._process: QemuProcess | None = None
+        self._former: QemuProcess | None = None
         self._status = MigrationStatus()
         self.failure: str | None = None
         """Why QEMU ended, where nobody asked it to."""
@@ -498,9 +499,12 @@ class QemuMachine:
             yield found
         finally:
             found.close()
+            gone = self._former if process is self._process else process
+            self._former = None
+            if gone is not None:
+                gone.kill()
+                gone.remove_files()
             if process is not self._process:
-                process.kill()
-                process.remove_files()
                 self._home.try_to_note(successor=None, load=None)
             elif self._memory_lost is None:
                 self._home.try_to_note(filling=False)
@@ -519,12 +523,16 @@ class QemuMachine:
         with contextlib.suppress(PeerError):
             self._attach_serial(process)
         display = addresses(former.monitor)
-        former.kill()
+        # It is waited for when the guest runs; but its display's address is free only then.
+        self._former = former
+        if display:
+            former.kill()
+        else:
+            former.end()
         if self._home.record is not None:
             now = self._home.record.successor
             self._home.try_to_note(process=now, successor=None, load=None, filling=successor.is_filling)
         move(process.monitor, display)
-        former.remove_files()
         if process.monitor.ended:
             self._has_ended(process)
 

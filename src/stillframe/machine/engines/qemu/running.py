@@ -32,8 +32,12 @@ class Running(Protocol):
         """Whether it has ended within that time."""
         ...
 
+    def end(self) -> None:
+        """Have it do nothing more; that it has ended is not waited for."""
+        ...
+
     def kill(self) -> None:
-        """End it at once, and wait for that."""
+        """`end`, and wait for it."""
         ...
 
     @property
@@ -95,10 +99,14 @@ class Started:
             return False
         return True
 
-    def kill(self) -> None:
+    def end(self) -> None:
         """See `Running`."""
         if self._process.poll() is None:
             self._process.kill()
+
+    def kill(self) -> None:
+        """See `Running`."""
+        self.end()
         self._process.wait()
 
     @property
@@ -141,10 +149,14 @@ class Found:
         poll.register(self._descriptor, select.POLLIN)
         return bool(poll.poll(None if seconds is None else seconds * 1000))
 
-    def kill(self) -> None:
+    def end(self) -> None:
         """See `Running`."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
+
+    def kill(self) -> None:
+        """See `Running`."""
+        self.end()
         self.wait(None)
 
     @property
