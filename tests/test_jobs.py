@@ -7,6 +7,7 @@ import json
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from stillframe.errors import AlreadyExists, Cancelled, InvalidRequest, IOFailed, NotFound, Refused
 from stillframe.events import Event, EventBus
-from stillframe.jobs import TRANSITIONS, VERBS, JobContext, JobHooks, JobQueue, Jobs, JobStatus, JobVerb
+from stillframe.jobs import (
+    TRANSITIONS,
+    VERBS,
+    JobContext,
+    JobGroup,
+    JobHooks,
+    JobQueue,
+    Jobs,
+    JobStatus,
+    JobVerb,
+)
 from stillframe.jobs.pace import Pace
 
 PATIENCE = 20.0
@@ -686,3 +697,101 @@ def test_a_negative_speed_is_refused(watched: Watched, at: str) -> None:
         watched.jobs.set_speed("j", -1)
     steps.begin(None)
     assert watched.error("j") is None
+
+
+# Groups
+
+ENDS = ("returns", "fails", "is cancelled", "cannot commit")
+
+
+@pytest.mark.parametrize("auto_finalize", [True, False])
+@pytest.mark.parametrize(
+    "ends", [*itertools.product(ENDS, repeat=2), ("returns", "returns", "fails")], ids=str
+)
+def test_jobs_of_a_group_become_final_together_or_none_does(
+    ends: tuple[str, ...], auto_finalize: bool
+) -> None:
+    events = EventBus()
+    jobs = Jobs(events)
+    told: list[tuple[str, str]] = []
+    events.subscribe(lambda event: told.append((str(event.data.get("id")), str(event.data.get("status")))))
+    taken_back: list[str] = []
+    released: list[str] = []
+    group, steps, prepared = JobGroup(), [Steps() for _ in ends], []
+
+    def refuse() -> None:
+        raise IOFailed("Could not write to 'disk': Input/output error", errno=5)
+
+    for number, end in enumerate(ends):
+        id = f"j{number}"
+        hooks = JobHooks(
+            commit=refuse if end == "cannot commit" else None,
+            abort=lambda id=id: taken_back.append(id),
+            release=lambda id=id: released.append(id),
+            is_block=True,
+        )
+        prepared.append(
+            jobs.prepare(
+                id,
+                "backup",
+                steps[number].body,
+                hooks,
+                auto_finalize=auto_finalize,
+                auto_dismiss=False,
+                speed=0,
+                total=1,
+                group=group,
+            )
+        )
+    jobs.start(prepared)
+    for number, (end, step) in enumerate(zip(ends, steps, strict=True)):
+        if end == "is cancelled":
+            # Another's failure may have been quicker.
+            with suppress(Refused):
+                jobs.cancel(f"j{number}")
+            step.begin(checkpoint)
+        elif end == "fails":
+            step.begin(fail)
+        step.begin(None)
+    succeeds = all(end in ("returns", "cannot commit") for end in ends)
+    if succeeds and not auto_finalize:
+        deadline = threading.Event()
+        while {job.status for job in jobs.query()} != {JobStatus.PENDING}:
+            assert not deadline.wait(0.001)
+        jobs.finalize("j0")
+    infos = [jobs.wait_concluded(f"j{number}", PATIENCE) for number in range(len(ends))]
+    assert all(info is not None for info in infos)
+    errors = [info.error for info in infos if info is not None]
+    if set(ends) == {"returns"}:
+        assert errors == [None] * len(ends)
+        assert taken_back == []
+    else:
+        assert None not in errors
+    assert sorted(released) == [f"j{number}" for number in range(len(ends))]
+    # Nobody was final before all were done.
+    concluded = [index for index, (_, status) in enumerate(told) if status == "concluded"]
+    if succeeds:
+        assert min(concluded) > max(index for index, (_, status) in enumerate(told) if status == "pending")
+
+
+def test_jobs_that_were_prepared_and_withdrawn_vanish_and_give_back_what_they_held() -> None:
+    jobs = Jobs(EventBus())
+    released: list[str] = []
+    prepared = [
+        jobs.prepare(
+            id,
+            "backup",
+            checkpoint,
+            JobHooks(release=lambda id=id: released.append(id)),
+            auto_finalize=True,
+            auto_dismiss=False,
+            speed=0,
+            total=1,
+        )
+        for id in ("a", "b")
+    ]
+    jobs.cancel("a")
+    jobs.withdraw(prepared)
+    assert released == ["a", "b"]
+    assert [job.id for job in jobs.query()] == ["a"]
+    jobs.check_new_id("b")
