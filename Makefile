@@ -27,6 +27,9 @@ peers: $(STAMP) ## what the tests compare with: Debian's QEMU 7.2 and 10.0, a Li
 test: $(STAMP) peers ## every test; without the peers, those that need them are skipped by name
 	$(BIN)/pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
+conformance: $(STAMP) peers ## recorded dialogues with QEMU 10.0, held again with stillframe-qemu
+	$(BIN)/pytest -q -rP tests/conformance
+
 hunt: $(STAMP) peers ## long random runs beside qemu-img, ours and theirs in turn; SEED=N repeats one
 	@seed=$${SEED:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')}; echo "seed $$seed: make hunt SEED=$$seed repeats it"; \
 	STILLFRAME_LONG=1 $(BIN)/pytest -n $(JOBS) --hypothesis-seed=$$seed tests/qcow2/test_qcow2_sequences.py tests/qcow2/test_qcow2_mirror.py
@@ -88,4 +91,4 @@ clean: ## remove what the targets made, not what they fetched
 distclean: clean ## remove what was fetched, too
 	rm -rf .cache
 
-.PHONY: help setup demo peers test hunt lint format guest wheel wheel-demo crash stress kill bench clean distclean
+.PHONY: help setup demo peers test conformance hunt lint format guest wheel wheel-demo crash stress kill bench clean distclean

@@ -57,19 +57,21 @@ def listing(graph: BlockGraph) -> Listing:
 
     :raise NotFound: there is no such node.
     """
-    able = [
-        SnapshotNode(node, store)
+    writable = [
+        node
         for node in reversed(graph.nodes())
-        if not node.read_only
-        and (store := node.snapshot_store) is not None
-        and (graph.users(node) or not graph.parents(node))
+        if not node.read_only and (graph.users(node) or not graph.parents(node))
     ]
+    able = [SnapshotNode(node, store) for node in writable if (store := node.snapshot_store) is not None]
     able.sort(key=lambda node: not graph.users(node.node))
     nodes = _each_image_once(able)
     if not nodes:
         raise NotFound("no block device can store vmstate for snapshot")
     tables = {node.name: tuple(node.store.snapshots()) for node in nodes}
     everywhere = set.intersection(*({found.name for found in table} for table in tables.values()))
+    if len(able) < len(writable):
+        # A disk that keeps no snapshots has none of these.
+        everywhere = set()
     partial = {
         name: tuple(found for found in table if found.name not in everywhere)
         for name, table in tables.items()
