@@ -2,14 +2,21 @@
 
 import re
 import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from peers import peer
-from qemu_guests import VERSIONS, GuestMachine, check_image
+from peers import linux_guest, peer
+from qemu_guests import CPU, MACHINE, VERSIONS, GuestMachine, check_image
 from stillframe.errors import StillframeError
+from stillframe.events import EventBus
+from stillframe.machine.build import QemuConfig, QemuMachine
+from stillframe.machine.console import LogConsole
+from stillframe.machine.control import Quiesce
+from stillframe.machine.engines.qemu.agent import agent_at
 
 _NEEDS_RECOVERY = 0x04
 """Of ext4's incompatible features: its journal has something to replay."""
@@ -107,3 +114,54 @@ def test_paused_guest_cannot_be_quiesced(machine: GuestMachine) -> None:
     assert machine.status() == "paused"
     machine.execute("cont")
     busy(machine)
+
+
+@pytest.mark.parametrize("version", [pytest.param("10.0", marks=pytest.mark.xdist_group("agent-10.0"))])
+def test_file_systems_are_thawed_where_the_save_fails_in_its_pause(version: str, tmp_path: Path) -> None:
+    files = linux_guest("x86_64")
+    log = tmp_path / "console"
+    with closing(LogConsole(log)) as console:
+        config = QemuConfig(
+            name=None,
+            program=peer("qemu-system-x86_64", version),
+            machine_type=MACHINE,
+            memory_size=128 << 20,
+            kernel=files["kernel"],
+            initrd=files["agent-initrd"],
+            append="console=ttyS0 quiet no_timer_check",
+            bios=None,
+            devices=(),
+            nodes=(),
+            flash=(),
+            words=("-cpu", CPU, "-nodefaults", "-no-user-config", "-device", "virtio-rng-pci"),
+            console=console,
+            agent=True,
+        )
+        with closing(QemuMachine(config, EventBus())) as machine:
+            machine.start()
+            while b"shell ready" not in log.read_bytes():
+                assert not machine.wait(0.05), machine.failure
+            seen = []
+
+            def fail() -> None:
+                seen.append(machine.run_state)
+                raise StillframeError("the disk is gone")
+
+            def state() -> str:
+                with agent_at(machine._agent_path) as agent:
+                    return str(agent.execute("guest-fsfreeze-status", 30.0))
+
+            deadline = time.monotonic() + 60
+            while True:
+                try:
+                    assert state() == "thawed"
+                    break
+                except StillframeError:
+                    # The shell is there before the agent is.
+                    assert time.monotonic() < deadline
+            with (
+                pytest.raises(StillframeError, match="the disk is gone"),
+                machine.captured(fail, quiesce=Quiesce.REQUIRED),
+            ):
+                pass
+            assert (len(seen), state(), machine.runs()) == (1, "thawed", True)
