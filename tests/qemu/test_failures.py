@@ -68,18 +68,18 @@ def test_qemu_that_somebody_ends_says_so_with_its_last_words(tmp_path: Path, run
 def test_guest_that_powers_off_ends_the_machine_unless_it_is_to_stay(tmp_path: Path, runtime: Path) -> None:
     with QemuMachine(tmp_path / "m", "10.0", "--no-shutdown") as machine:
         machine.console.until("HB 3 ")
+        machine.save("up")
         machine.console.type("poweroff\n")
         while (status := machine.execute("query-status"))["status"] == "running":
             time.sleep(0.02)
         assert status == {"status": "shutdown", "running": False}
-        machine.execute("system_reset")
+        machine.load("up")
         machine.execute("cont")
-        machine.console.until("boot nonce=")
-        machine.console.until("HB 3 ")
+        machine.beat()
         machine.execute("set-action", shutdown="poweroff")
         machine.console.type("poweroff\n")
         assert machine.process.wait(60) == 0, machine.log.read_text()
-    check_image(machine.image)
+    check_image(machine.image, in_use=True)
 
 
 @pytest.mark.parametrize("version", QEMUS)
