@@ -7,6 +7,8 @@ import pytest
 
 from peers import QEMU_VERSIONS, installed_versions, using
 
+pytest_plugins = ["stillframe.testing.plugin"]
+
 
 @pytest.fixture(params=QEMU_VERSIONS)
 def every_qemu(request: pytest.FixtureRequest) -> str:

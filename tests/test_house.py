@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "cli.run_options": WIRE,
     "cli.run_qemu": WIRE | {"block", "machine", "monitor.addresses"},
     "cli.terminal": WIRE | {"machine.console"},
+    "testing": set(),
     "__init__": {"client"},
     "__main__": {"cli.main"},
 }
