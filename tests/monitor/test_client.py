@@ -285,7 +285,7 @@ def test_a_job_that_was_done_as_the_machine_ended_is_done(
 ) -> None:
     let_go = threading.Event()
 
-    def save(context: JobContext, *_: object) -> None:
+    def save(context: JobContext, *_: object, **__: object) -> None:
         context.point_of_no_return()
         context.progress(7, 7)
         assert let_go.wait(PATIENCE)

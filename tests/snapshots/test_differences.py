@@ -242,6 +242,7 @@ NOT_ONLY_HERE = {
     "jobs-can-be-cancelled": "test_jobs_of_snapshots.py",
     "load-ends-a-shutdown": "test_save_load.py",
     "no-command-11": "test_vmstate_stream.py",
+    "saves-may-be-quiesced": "test_qemu_agent.py",
     "new-generation-id": "test_save_load.py",
     "snapshots-have-own-tables": "test_qcow2_recorded.py",
 }
