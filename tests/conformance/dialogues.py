@@ -111,6 +111,7 @@ def _conclude(steps: list[Step]) -> None:
         under_way = {
             job for job, state in states.items() if state in ("created", "running", "waiting", "aborting")
         }
-        if under_way and not any(f'"{job}"' in " ".join(after.sent) for job in under_way):
+        asked = " ".join(after.sent)
+        if under_way and '"quit"' not in asked and not any(f'"{job}"' in asked for job in under_way):
             step.came += [message for message in after.came if "event" in message]
             after.came = [message for message in after.came if "event" not in message]

@@ -198,6 +198,35 @@ def own_commands(found: Mismatch, partner: Partner) -> bool:
     return False
 
 
+def quit_pauses_no_job(found: Mismatch, partner: Partner) -> bool:
+    """A job that is paused and runs again, before it is cancelled by `quit`."""
+    if [command_of(line) for line in found.step.sent] != ["quit"]:
+        return False
+    kept: list[Any] = []
+    for event in found.theirs.events:
+        job = event.get("data", {}).get("id")
+        if event == _changed(job, "running") and kept and kept[-1] == _changed(job, "paused"):
+            kept.pop()
+        else:
+            kept.append(event)
+    changed = kept != found.theirs.events
+    found.theirs.events = kept
+    return changed
+
+
+def _changed(job: str | None, status: str) -> Any:
+    return {"event": "JOB_STATUS_CHANGE", "data": {"id": job, "status": status}}
+
+
+def backups_have_no_block_size(found: Mismatch, partner: Partner) -> bool:
+    """No warning on standard error of a target that does not say its block size."""
+    if found.step.sent != ["(the end)"]:
+        return False
+    before = found.theirs.events
+    found.theirs.events = [line for line in before if "provide information about the block size" not in line]
+    return found.theirs.events != before
+
+
 DIFFERENCES: dict[str, Explain] = {
     "who-speaks": we_speak,
     "jobs-say-how": jobs_say_how,
@@ -210,6 +239,8 @@ DIFFERENCES: dict[str, Explain] = {
     "partial-lists-name-nodes": partial_lists_name_nodes,
     "savevm-replaces-last": savevm_replaces_last,
     "jobs-can-be-cancelled": jobs_can_be_cancelled,
+    "quit-pauses-no-job": quit_pauses_no_job,
+    "backups-have-no-block-size": backups_have_no_block_size,
     "own-commands": own_commands,
     "lists-follow": snapshot_that_we_did_not_make,
 }

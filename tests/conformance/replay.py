@@ -30,7 +30,7 @@ _TABLE = re.compile(r"[\d.]+ (?:[KMG]i)?B +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d +[\d:]
 _DATED = re.compile(r"\bvm-\d{14}\b")
 _AUTOMATIC = re.compile(r"#block\d+")
 _OVER = {"concluded", "null"}
-_HELD = {"pending", "ready", "standby", "paused"}
+_HELD = {"running", "pending", "ready", "standby", "paused"}
 
 
 def words_of(dialogue: Dialogue) -> list[str]:
@@ -38,7 +38,10 @@ def words_of(dialogue: Dialogue) -> list[str]:
     words, names = [], iter(dialogue.words)
     for word in names:
         value = None
-        if word in ("-machine", "-device"):
+        if word == "-blockdev":
+            # A backup there has many requests under way at once, ours one.
+            value = next(names).replace("latency-ns=30000000", "latency-ns=6000000")
+        elif word in ("-machine", "-device"):
             value = next(names)
             kind, comma, rest = value.partition(",")
             kind = "virt" if kind == "pc" else _DEVICES.get(kind, kind)
@@ -121,7 +124,7 @@ class Partner:
     def send(self, text: str) -> None:
         assert self.process.stdin
         try:
-            self.process.stdin.write(text.encode("latin-1" if text == "\xff" else "utf-8") + b"\n")
+            self.process.stdin.write(text.encode("latin-1") + b"\n")
         except BrokenPipeError:
             pass
 
@@ -239,7 +242,8 @@ def replay(dialogue: Dialogue, folder: Path, differences: dict[str, Explain]) ->
         if dialogue.status is not None or dialogue.stderr:
             status, stderr = partner.end()
             theirs = [line.replace("qemu-system-x86_64", "stillframe-qemu") for line in dialogue.stderr]
-            if (status, stderr) != (dialogue.status or (1 if theirs else 0), theirs):
+            expected = int(bool(theirs)) if dialogue.status is None else dialogue.status
+            if (status, stderr) != (expected, theirs):
                 end = Mismatch(
                     Step(["(the end)"]),
                     Told([{"status": dialogue.status}], theirs),
