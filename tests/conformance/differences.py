@@ -103,9 +103,11 @@ def _arguments(found: Mismatch) -> dict[str, Any]:
     """Of the only line that was sent, if it is a request."""
     try:
         (line,) = found.step.sent
-        return json.loads(line).get("arguments", {})
-    except ValueError:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
         return {}
+    arguments = message.get("arguments") if isinstance(message, dict) else None
+    return arguments if isinstance(arguments, dict) else {}
 
 
 def _refused(words: str) -> Explain:
@@ -189,13 +191,31 @@ def jobs_can_be_cancelled(found: Mismatch, partner: Partner) -> bool:
 
 def own_commands(found: Mismatch, partner: Partner) -> bool:
     """Lists of all commands, and the schema, hold what there is here; what there is not is not found."""
+    if not found.step.sent:
+        return False
     name = command_of(found.step.sent[0])
     ours, theirs = json.dumps(found.ours.replies), json.dumps(found.theirs.replies)
     refused = f"The command {name} has not been found" in ours or "unknown command: '" in ours
     if name in ("query-commands", "query-qmp-schema") or (refused and theirs != ours):
+        if refused and (job := _arguments(found).get("job-id")) is not None:
+            partner.not_started.add(job)
         found.theirs = found.ours
         return True
-    return False
+    return _without_jobs(found, partner.not_started)
+
+
+def _without_jobs(found: Mismatch, absent: set[str]) -> bool:
+    """What is asked of a job that nobody could start here is not found; the list of jobs is without it."""
+    if command_of(found.step.sent[0]) == "query-jobs":
+        before = json.dumps(found.theirs.replies)
+        for reply in found.theirs.replies:
+            reply["return"] = [job for job in _jobs_of(reply) if job["id"] not in absent]
+        return json.dumps(found.theirs.replies) != before
+    asked = [job for job in absent if job == _arguments(found).get("id")]
+    if not asked or not all("Job not found" in json.dumps(reply) for reply in found.ours.replies):
+        return False
+    found.theirs = found.ours
+    return True
 
 
 def quit_pauses_no_job(found: Mismatch, partner: Partner) -> bool:

@@ -120,6 +120,8 @@ class Partner:
         self._marks = 0
         self.not_saved: set[str] = set()
         """Tags of snapshots that are there, and not with us: by a difference that was named."""
+        self.not_started: set[str] = set()
+        """Jobs that are there, and not with us: their command is not to be had."""
 
     def send(self, text: str) -> None:
         assert self.process.stdin
@@ -182,7 +184,8 @@ class Partner:
         self.send(json.dumps({"execute": "query-name", "id": mark}))
         came: list[Any] = []
         while (message := self.message()) is not None and message.get("id") != mark:
-            came.append(message)
+            if message.get("id") != "resume":
+                came.append(message)
         return came
 
     def quietly(self, command: str) -> None:

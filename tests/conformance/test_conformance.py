@@ -19,8 +19,8 @@ from conformance.replay import PROGRAM, make_images, replay
 GOING_ON = {"block", "hmp"}
 """Recordings whose dialogues go on with the images of those before."""
 SECOND_HALVES = {"iotest-internal-snapshots-qapi 10", "iotest-internal-snapshots-qapi 12"}
-INCIDENTAL = {"proto 1": {"migrate-set-parameters"}}
-"""Commands that we have not, on whose answer nothing else in the dialogue depends: only that line is left out."""
+INCIDENTAL = {"proto 1": {"migrate-set-parameters"}, "jobs 1": {"blockdev-mirror"}}
+"""Commands that we have not, on which nothing else in the dialogue depends: only that line is left out, and its job."""
 OTHER_DEVICES = ("ide-cd", "blkreplay")
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
