@@ -149,7 +149,11 @@ THEIRS_ALONE = {
 }
 
 
-OURS_ALONE = {"query-jobs": {"choices"}, "snapshot-save": {"quiesce", "speed"}, "snapshot-load": {"eager", "speed"}}
+OURS_ALONE = {
+    "query-jobs": {"choices"},
+    "snapshot-save": {"quiesce", "speed"},
+    "snapshot-load": {"eager", "speed"},
+}
 """Optional members of ours, by where they are; each is a named difference."""
 
 
