@@ -156,9 +156,10 @@ class Partner:
 
         def missing() -> bool:
             given = sum("event" not in message for message in came)
-            return given < replies or any(
-                state not in _OVER and not (state in _HELD and state == self._recorded.get(job))
-                for job, state in self._jobs.items()
+            return (
+                given < replies
+                or _pending(came) < _pending(step.came)
+                or not all(_settled(state, self._recorded.get(job)) for job, state in self._jobs.items())
             )
 
         resumed: set[str] = set()
@@ -215,6 +216,18 @@ def _states(messages: list[Any]) -> Iterator[tuple[str, str]]:
     for message in messages:
         if message.get("event") == "JOB_STATUS_CHANGE":
             yield message["data"]["id"], message["data"]["status"]
+
+
+def _settled(state: str, recorded: str | None) -> bool:
+    """Whether a job, by itself, gets no further than this; the recorded one got as far as `recorded`."""
+    if state in _OVER:
+        return state == "null" or recorded != "null"
+    return state in _HELD and state == recorded
+
+
+def _pending(messages: list[Any]) -> int:
+    """The events that come after a job's last state."""
+    return sum(message.get("event") == "BLOCK_JOB_PENDING" for message in messages)
 
 
 def _whole(line: str) -> bool:
