@@ -13,7 +13,7 @@ from peers import linux_guest, peer
 from qemu_guests import CPU, MACHINE, VERSIONS, GuestMachine, check_image
 from stillframe.errors import StillframeError
 from stillframe.events import EventBus
-from stillframe.machine.build import QemuConfig, QemuMachine
+from stillframe.machine.build import MachineHome, QemuConfig, QemuMachine
 from stillframe.machine.console import LogConsole
 from stillframe.machine.control import Quiesce
 from stillframe.machine.engines.qemu.agent import agent_at
@@ -120,7 +120,7 @@ def test_paused_guest_cannot_be_quiesced(machine: GuestMachine) -> None:
 def test_file_systems_are_thawed_where_the_save_fails_in_its_pause(version: str, tmp_path: Path) -> None:
     files = linux_guest("x86_64")
     log = tmp_path / "console"
-    with closing(LogConsole(log)) as console:
+    with closing(MachineHome.temporary()) as home, closing(LogConsole(log)) as console:
         config = QemuConfig(
             name=None,
             program=peer("qemu-system-x86_64", version),
@@ -136,6 +136,9 @@ def test_file_systems_are_thawed_where_the_save_fails_in_its_pause(version: str,
             words=("-cpu", CPU, "-nodefaults", "-no-user-config", "-device", "virtio-rng-pci"),
             console=console,
             agent=True,
+            home=home,
+            keep_after_shutdown=False,
+            reconnect_seconds=0,
         )
         with closing(QemuMachine(config, EventBus())) as machine:
             machine.start()

@@ -30,7 +30,7 @@ from stillframe.machine.engines.qemu.console import SerialRelay
 from stillframe.machine.engines.qemu.disks import DiskExports
 from stillframe.machine.engines.qemu.display import addresses, move
 from stillframe.machine.engines.qemu.home import LoadNote, ProcessNote, open_process
-from stillframe.machine.engines.qemu.monitor import asked
+from stillframe.machine.engines.qemu.monitor import asked, let_run
 from stillframe.machine.engines.qemu.outside import refuse_outside_state
 from stillframe.machine.engines.qemu.process import QemuProcess, socket_words
 from stillframe.machine.engines.qemu.running import Running, Started, started_at
@@ -301,7 +301,10 @@ class QemuMachine:
         """Let the guest run. :raise Refused: not all of its memory has come; or QEMU refuses."""
         self.refuse_without_memory()
         with self._control:
-            self._ask("cont")
+            try:
+                let_run(self._qemu.monitor, _QUIT_SECONDS)
+            except PeerError as error:
+                raise asked(error) from error
             self._stop_asked = False
         self._wake_if_due()
 
@@ -361,7 +364,7 @@ class QemuMachine:
                     if pause.ran and not self._qemu.monitor.ended and self._memory_lost is None:
                         pause.wait_for_itself(self.runs)
                         if not self.runs():
-                            self._qemu.monitor.execute("cont")
+                            let_run(self._qemu.monitor, _QUIT_SECONDS)
             finally:
                 self._quiet -= 1
                 self._home.forget_intent()

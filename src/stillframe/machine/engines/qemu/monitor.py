@@ -168,6 +168,23 @@ class QemuMonitor:
         self._socket.close()
 
 
+def let_run(monitor: QemuMonitor, seconds: float) -> None:
+    """`cont`. A migration says that it is completed a moment before QEMU has finalized it, and until then does not let a guest run.
+
+    :param seconds: for which that is waited for. :raise PeerError: QEMU does not let it run, or is gone.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            monitor.execute("cont")
+            return
+        except PeerError:
+            state = None if monitor.ended else monitor.execute("query-status")["status"]
+            if state not in ("finish-migrate", "postmigrate") or time.monotonic() > deadline:
+                raise
+        time.sleep(0.002)
+
+
 def asked(error: PeerError) -> InvalidRequest:
     """QEMU's refusal, as one of ours: for a command that a client gave and QEMU answers."""
     refusal = InvalidRequest(str(error))
