@@ -87,7 +87,7 @@ class CapturedState(Protocol):
     """The machine's state of one instant, on its way.
 
     :ivar how: which way it is taken. :ivar why: why not a better one; empty for the best.
-    :ivar head: the stream's beginning. :ivar pause_seconds: how long the guest stood still.
+    :ivar head: the stream's beginning.
     :ivar not_quiesced: why the guest's file systems were not frozen, where that was to be tried; empty if they were.
     """
 
@@ -101,12 +101,9 @@ class CapturedState(Protocol):
     def why(self) -> str: ...
 
     @property
-    def pause_seconds(self) -> float: ...
-
-    @property
     def head(self) -> RelayedHead: ...
 
-    def source(self, on_read: Callable[[int], None] = lambda offset: None) -> StateSource:
+    def source(self) -> StateSource:
         """The stream behind its head; to be read once."""
         ...
 
@@ -134,12 +131,16 @@ class StoredState:
 class Successor(Protocol):
     """A second one that is to take the machine's place, in the state of a snapshot."""
 
-    def refusal_of_later(self) -> str:
-        """Why its memory cannot come after its state, in the other program's words; empty if it can."""
+    def listen(self, *, later: bool) -> str:
+        """Before anything is offered: have it wait for its state.
+
+        :param later: for one whose memory comes after it. :return: why it waits for all of it nevertheless; empty if it does not.
+        :raise StateMismatch: it does not wait, in the other program's words.
+        """
         ...
 
     def offer(self, state: StoredState) -> None:
-        """Give it the state, its memory excepted. It stands still when this returns.
+        """After `listen` for what comes later: give it the state, its memory excepted. It stands still when this returns.
 
         :raise StateMismatch: the state does not fit, in the other program's words.
         """
@@ -152,7 +153,7 @@ class Successor(Protocol):
         took: Callable[[int], None],
         checkpoint: Callable[[], None],
     ) -> None:
-        """Give it the whole stream, memory included. :raise StateMismatch: as `offer`."""
+        """After `listen`: give it the whole stream, memory included. :raise StateMismatch: as `offer`."""
         ...
 
     def fill(self, progress: Callable[[int], None], checkpoint: Callable[[], None]) -> None:

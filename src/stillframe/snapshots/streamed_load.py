@@ -60,8 +60,10 @@ def load_streamed(
         with explained():
             later, why = (None, "it was asked for") if eager else _to_come(found, stack)
         successor = stack.enter_context(machine.successor())
-        if later is not None and (why := successor.refusal_of_later()):
-            later = None
+        with explained():
+            refusal = successor.listen(later=later is not None)
+        if refusal:
+            later, why = None, refusal
         context.checkpoint()
         context.chose("memory", "eager" if later is None else "lazy", why)
         names = [each.node.name for each in selection.all]

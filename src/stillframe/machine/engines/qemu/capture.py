@@ -19,7 +19,7 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Final, Literal, Protocol
@@ -132,17 +132,22 @@ class MigrationStatus:
         """Whether it has ended, in any way."""
         return self._status in _OVER
 
-    def wait_for(self, wanted: Callable[[str], bool], seconds: float) -> bool:
-        """Whether a status that is wanted, or the end, has come within that time."""
+    def wait_for(self, wanted: str, seconds: float) -> bool:
+        """Whether that status, or the end, has come within that time."""
         with self._changed:
-            return self._changed.wait_for(lambda: wanted(self._status) or self._status in _OVER, seconds)
+            return self._changed.wait_for(lambda: self._status == wanted or self.over, seconds)
+
+    def wait_until_over(self, seconds: float | None = None) -> bool:
+        """Whether it has ended, in any way, within that time. QEMU's own end is one."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.over, seconds)
 
 
 class Capture:
     """A stream on its way; made by `captured`.
 
     :ivar how: :ivar why: see the module's text. :ivar head: the stream's beginning, which has been read.
-    :ivar pause_seconds: how long the guest stood still. :ivar not_quiesced: as `control.CapturedState`.
+    :ivar not_quiesced: as `control.CapturedState`.
     """
 
     def __init__(self, spool: Spool, monitor: QemuMonitor, status: MigrationStatus) -> None:
@@ -151,7 +156,6 @@ class Capture:
         self._status = status
         self.how: How = "background"
         self.why = ""
-        self.pause_seconds = 0.0
         self.not_quiesced = ""
         self.head: RelayedHead
 
@@ -175,9 +179,9 @@ class Capture:
         if self._spool.read(self._begin, 1) != bytes((layout.PART,)):
             raise self.failure()
 
-    def source(self, on_read: Callable[[int], None] = lambda offset: None) -> StateSource:
+    def source(self) -> StateSource:
         """The stream behind its head; to be read once."""
-        source = StateSource(self._read, ENDLESS, on_read=on_read)
+        source = StateSource(self._read, ENDLESS)
         source.seek(self._begin)
         return source
 
@@ -185,10 +189,14 @@ class Capture:
         """:raise IOFailed: the stream ended before its end."""
         data = self._spool.read(offset, length)
         if len(data) < length:
-            self._status.wait_for(lambda status: False, _SETUP_SECONDS)
-            if self._status.now != "completed":
-                raise self.failure()
+            self.refuse_unless_completed(_SETUP_SECONDS)
         return data
+
+    def refuse_unless_completed(self, seconds: float | None = None) -> None:
+        """Wait for the migration's end, for that long at most. :raise IOFailed: it did not end well."""
+        self._status.wait_until_over(seconds)
+        if self._status.now != "completed":
+            raise self.failure()
 
     def rest(self, offset: int, most: int) -> bytes:
         """Everything from `offset` to the stream's end, once QEMU says that it is complete.
@@ -198,9 +206,7 @@ class Capture:
         data = self._spool.read(offset, most + 1)
         if len(data) > most:
             raise StreamCorrupt(f"QEMU's device state has more than {most} bytes")
-        self._status.wait_for(lambda status: False, _SETUP_SECONDS)
-        if self._status.now != "completed":
-            raise self.failure()
+        self.refuse_unless_completed(_SETUP_SECONDS)
         return data
 
     def failure(self) -> IOFailed:
@@ -220,14 +226,11 @@ class Capture:
         if may_cancel:
             with contextlib.suppress(PeerError):
                 self._monitor.execute("migrate_cancel")
-        # Before 8 there is no other way than to let it finish. QEMU's end ends it, too.
-        deadline = time.monotonic() + (_SETUP_SECONDS if may_cancel else float("inf"))
-        while not self._status.wait_for(lambda status: False, 1.0) and not self._monitor.ended:
-            if time.monotonic() > deadline:
-                _log.error(
-                    "QEMU has not ended a migration that was cancelled: its status is '%s'", self._status.now
-                )
-                break
+        # Before 8 there is no other way than to let it finish.
+        if not self._status.wait_until_over(_SETUP_SECONDS if may_cancel else None):
+            _log.error(
+                "QEMU has not ended a migration that was cancelled: its status is '%s'", self._status.now
+            )
 
 
 class Capturing:
@@ -261,20 +264,18 @@ class Capturing:
             # QEMU ends itself: from "prelaunch", for one, there is no way to "paused" in its table of run states.
             return "stopped", f"QEMU would not survive another way in its run state '{state}'"
         try:
-            self._capabilities(background=True)
+            self._enable("background_snapshot")
         except PeerError as error:
             return ("precopy" if runs else "stopped"), f"QEMU may not track what its guest writes: {error}"
         return "background", ""
 
-    def _capabilities(self, *, background: bool) -> None:
-        self._set({"background-snapshot": background, "pause-before-switchover": not background})
-
-    def _set(self, wanted: Mapping[str, bool]) -> None:
-        # One that took its state by page fault can do so no more, and the two do not go together.
-        every = {"events": True, "postcopy-ram": False, **wanted}
-        self._monitor.execute(
-            "migrate-set-capabilities",
-            {"capabilities": [{"capability": name, "state": state} for name, state in every.items()]},
+    def _enable(self, wanted: str = "") -> None:
+        """Have this capability alone, of those that the ways differ in."""
+        self._monitor.set_capabilities(
+            # One that took its state by page fault can do so no more, and the two do not go together.
+            postcopy_ram=False,
+            background_snapshot=wanted == "background_snapshot",
+            pause_before_switchover=wanted == "pause_before_switchover",
         )
 
     @contextmanager
@@ -330,7 +331,6 @@ class Capturing:
         self._monitor.execute("migrate", {"uri": f"unix:{self._path}"})
 
     def _background(self, capture: Capture, at_instant: Callable[[], None]) -> None:
-        began = time.monotonic()
         with self._guest.paused() as pause:
             try:
                 at_instant()
@@ -343,25 +343,22 @@ class Capturing:
                 pause.ends_itself = False
                 capture.end(may_cancel=self._modern)
                 raise
-        capture.pause_seconds = time.monotonic() - began
 
     def _precopy(
         self, capture: Capture, at_instant: Callable[[], None], refuse_if_cancelled: Callable[[], None]
     ) -> None:
         def switch_over() -> None:
             self._monitor.execute("stop")
-            self._status.wait_for(lambda status: status == "pre-switchover", _SETUP_SECONDS)
+            self._status.wait_for("pre-switchover", _SETUP_SECONDS)
             if self._status.now != "pre-switchover":
                 raise capture.failure()
 
         ran = self._guest.runs()
-        self._capabilities(background=False)
+        self._enable("pause_before_switchover")
         with self._guest.stopping_itself():
             try:
                 self._migrate()
-                while not self._status.wait_for(
-                    lambda status: status == "pre-switchover", _ATTENTION_SECONDS
-                ):
+                while not self._status.wait_for("pre-switchover", _ATTENTION_SECONDS):
                     refuse_if_cancelled()
                     if self._status.passes > _PASSES:
                         capture.why += "; the guest changes its memory faster than it can be sent"
@@ -369,7 +366,6 @@ class Capturing:
             except BaseException:
                 self._give_up(capture, ran=ran)
                 raise
-            began = time.monotonic()
             with self._guest.paused(switch_over) as pause:
                 # Not what it is now: QEMU may have stopped it before we looked.
                 pause.ran = ran and not self._guest.stop_asked()
@@ -380,7 +376,6 @@ class Capturing:
                 except BaseException:
                     capture.end(may_cancel=True)
                     raise
-        capture.pause_seconds = time.monotonic() - began
 
     def _give_up(self, capture: Capture, *, ran: bool) -> None:
         """Before our pause: QEMU may be about to stop the guest, or have stopped it."""
@@ -388,8 +383,7 @@ class Capturing:
             pause.ran = ran and not self._guest.stop_asked()
 
     def _stopped(self, capture: Capture, at_instant: Callable[[], None]) -> None:
-        self._set({"background-snapshot": False, "pause-before-switchover": False})
-        began = time.monotonic()
+        self._enable()
         with self._guest.paused():
             if self._monitor.execute("query-status")["status"] == "postmigrate":
                 leave_postmigrate(self._monitor, self._directory, self._words)
@@ -400,13 +394,8 @@ class Capturing:
             except BaseException:
                 capture.end(may_cancel=True)
                 raise
-        capture.pause_seconds = time.monotonic() - began
 
     def _complete(self, capture: Capture) -> None:
         """Wait for the stream's end; QEMU's end ends the wait. :raise IOFailed:"""
-        while not self._status.wait_for(lambda status: False, 1.0):
-            if self._monitor.ended:
-                break
-        if self._status.now != "completed":
-            raise capture.failure()
+        capture.refuse_unless_completed()
         capture.read_head()

@@ -100,6 +100,21 @@ class QemuMonitor:
             raise PeerError(str(error.get("desc")), error_class=str(error.get("class", "GenericError")))
         return answer.get("return")
 
+    def set_capabilities(self, **wanted: bool) -> None:
+        """Switch capabilities of migrations on and off, `postcopy_ram` for "postcopy-ram", and their events on.
+
+        :raise PeerError: QEMU has one of them not, or not together with the others; none has changed.
+        """
+        every = {"events": True, **wanted}
+        self.execute(
+            "migrate-set-capabilities",
+            {
+                "capabilities": [
+                    {"capability": name.replace("_", "-"), "state": state} for name, state in every.items()
+                ]
+            },
+        )
+
     def _send(self, command: str, line: bytes) -> None:
         try:
             with self._sending:

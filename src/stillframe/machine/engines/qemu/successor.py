@@ -6,7 +6,9 @@ Either way it stands still afterwards, has written to no disk, and can still be 
 """
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Final
 
 from stillframe.errors import Cancelled, Failed, IOFailed, PeerError, StateMismatch
@@ -18,7 +20,6 @@ from stillframe.machine.engines.qemu.process import QemuProcess
 from stillframe.sockets import connected_unix_socket
 
 _LOADED_SECONDS: Final = 120.0
-_POLL_SECONDS: Final = 0.05
 
 
 class QemuSuccessor:
@@ -29,42 +30,37 @@ class QemuSuccessor:
         self.status = status
         self._source: PostcopySource | None = None
 
-    def _listen(self, *, postcopy: bool) -> None:
-        monitor = self.process.monitor
-        wanted = {"events": True, "postcopy-ram": postcopy}
-        monitor.execute(
-            "migrate-set-capabilities",
-            {"capabilities": [{"capability": name, "state": state} for name, state in wanted.items()]},
-        )
-        monitor.execute("migrate-incoming", {"uri": f"unix:{self.process.directory / 'migration'}"})
-
-    def refusal_of_later(self) -> str:
+    def listen(self, *, later: bool) -> str:
         """See `control.Successor`."""
-        try:
-            self.process.monitor.execute(
-                "migrate-set-capabilities", {"capabilities": [{"capability": "postcopy-ram", "state": True}]}
-            )
-        except PeerError as error:
-            # What it printed with that is not why it may refuse a state.
-            words = self.process.take_last_words()
-            return f"QEMU cannot fetch missing pages: {words or error}"
-        return ""
+        monitor = self.process.monitor
+        why = ""
+        with self._explained():
+            try:
+                monitor.set_capabilities(postcopy_ram=later)
+            except PeerError as error:
+                if not later:
+                    raise
+                # What it printed with that is not why it may refuse a state.
+                words = self.process.take_last_words()
+                why = f"QEMU cannot fetch missing pages: {words or error}"
+                monitor.set_capabilities(postcopy_ram=False)
+            monitor.execute("migrate-incoming", {"uri": f"unix:{self._path}"})
+        return why
+
+    @property
+    def _path(self) -> Path:
+        return self.process.directory / "migration"
 
     def offer(self, state: StoredState) -> None:
         """See `control.Successor`."""
-        try:
-            self._listen(postcopy=True)
-            connection = connected_unix_socket(self.process.directory / "migration")
+        with self._explained():
+            connection = connected_unix_socket(self._path)
             self._source = PostcopySource(
                 connection, state.head, state.devices, state.index, state.read, state.descriptors
             )
             self._source.offer()
             self._source.wait_until_loaded(_LOADED_SECONDS)
             self._wait_for("paused")
-        except Cancelled:
-            raise
-        except (PeerError, Failed) as error:
-            raise self._refusal(error) from error
 
     def offer_all(
         self,
@@ -74,13 +70,16 @@ class QemuSuccessor:
         checkpoint: Callable[[], None],
     ) -> None:
         """See `control.Successor`."""
+        with self._explained(), connected_unix_socket(self._path) as connection:
+            feed(connection, size, read, took, checkpoint)
+            self._wait_for("paused")
+            self.status.wait_until_over(_LOADED_SECONDS)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What goes wrong while it is given its state is its refusal, unless it is ours. :raise StateMismatch: :raise IOFailed:"""
         try:
-            self._listen(postcopy=False)
-            connection = connected_unix_socket(self.process.directory / "migration")
-            with connection:
-                feed(connection, size, read, took, checkpoint)
-                self._wait_for("paused")
-                self.status.wait_for(lambda status: False, _LOADED_SECONDS)
+            yield
         except Cancelled:
             raise
         except (PeerError, Failed) as error:
@@ -114,7 +113,7 @@ class QemuSuccessor:
         if self._source is not None:
             self._source.fill(progress, checkpoint)
             # Until QEMU says so itself it is not done: whatever begins next would hear it.
-            self.status.wait_for(lambda status: False, _LOADED_SECONDS)
+            self.status.wait_until_over(_LOADED_SECONDS)
 
     def close(self) -> None:
         """End the way that its memory comes by."""
