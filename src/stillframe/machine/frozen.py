@@ -50,6 +50,10 @@ class FrozenMemory(ABC):
         """
 
     @abstractmethod
+    def release(self) -> None:
+        """Nothing more will be read: begin to give it back, which `close` ends. A second time, nothing."""
+
+    @abstractmethod
     def close(self) -> None:
         """Give it back; a second time, nothing."""
 
@@ -118,13 +122,19 @@ class ForkedMemory(FrozenMemory):
                 raise OSError(code, os.strerror(code))
             done += count
 
-    def close(self) -> None:
+    def release(self) -> None:
         if self._writer < 0:
             return
-        self._wait_until_let_go()
         os.close(self._writer)
         self._writer = -1
+
+    def close(self) -> None:
+        if self._pid < 0:
+            return
+        self.release()
+        self._wait_until_let_go()
         wait_for_child(self._pid)
+        self._pid = -1
 
 
 class CopiedMemory(FrozenMemory):
@@ -156,8 +166,11 @@ class CopiedMemory(FrozenMemory):
     def readinto(self, block: MemoryBlock, offset: int, buffer: memoryview) -> None:
         buffer[:] = memoryview(self._copies[block.name])[offset : offset + len(buffer)]
 
-    def close(self) -> None:
+    def release(self) -> None:
         self._copies.clear()
+
+    def close(self) -> None:
+        self.release()
 
 
 @contextmanager
@@ -191,6 +204,10 @@ class Freezer:
         """
         self._frozen = freeze(self._memory)
         return self._frozen
+
+    def release(self) -> None:
+        """See `FrozenMemory`: a process takes tens of milliseconds to end, in which the caller does something else."""
+        self.copy.release()
 
     def close(self) -> None:
         """Give the copy back."""

@@ -97,6 +97,7 @@ def save(
             machine, selection.state, frozen, memory.copy, ground, changes, context, total
         )
         index, place = writing.write(instant)
+        memory.release()
         identity = commit_save(selection, frozen, instant.time, context, parent, description, place)
         undo.pop_all()
         ground.stand(identity, index, changes)
