@@ -23,6 +23,7 @@ from typing import Literal
 
 from stillframe.errors import IOFailed, Refused
 from stillframe.machine.child import fork_child, wait_for_child
+from stillframe.machine.libc import LIBC
 from stillframe.machine.memory import GuestMemory, MemoryBlock
 
 _log = logging.getLogger(__name__)
@@ -226,9 +227,8 @@ def freeze(memory: GuestMemory) -> FrozenMemory:
 
 
 def _process_vm_readv() -> "ctypes._NamedFuncPointer":
-    libc = ctypes.CDLL(None, use_errno=True)
     try:
-        function = libc.process_vm_readv
+        function = LIBC.process_vm_readv
     except AttributeError:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
     function.restype = ctypes.c_ssize_t

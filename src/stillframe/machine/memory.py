@@ -13,15 +13,18 @@ stale, and `before_write` hears of every range before it changes.
 import contextlib
 import ctypes
 import mmap
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+
+from stillframe.machine.libc import LIBC, last_error
 
 PAGE_SIZE = 4096
 
 HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE = 14
 _MADV_COLLAPSE = 25
+_madvise = LIBC.madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,11 +70,8 @@ def aligned_mapping(size: int) -> tuple[mmap.mmap, int, int]:
 
 def advise(address: int, length: int, advice: int) -> None:
     """madvise. :param address: of the host. :raise OSError: the kernel does not do it."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    if libc.madvise(address, length, advice):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    if _madvise(address, length, advice):
+        raise last_error()
 
 
 def collapse(address: int) -> bool:

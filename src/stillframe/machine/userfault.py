@@ -18,6 +18,9 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from stillframe.machine.libc import LIBC, last_error
+from stillframe.machine.memory import PAGE_SIZE
+
 _SYSTEM_CALL = {"x86_64": 323, "aarch64": 282, "riscv64": 282}
 _USER_MODE_ONLY = 1
 _DEVICE_NEW = 0xAA00
@@ -67,8 +70,7 @@ class _Zero(ctypes.Structure):
     )
 
 
-_PAGE = 4096
-_ioctl = ctypes.CDLL(None, use_errno=True).ioctl
+_ioctl = LIBC.ioctl
 _ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 
 
@@ -135,8 +137,8 @@ class Userfaultfd:
         if result == 0:
             return int(asked.length)
         if count == -errno.EEXIST or code == errno.EEXIST:
-            fcntl.ioctl(self.fd, _WAKE, struct.pack("=QQ", address, _PAGE))
-            return _PAGE
+            fcntl.ioctl(self.fd, _WAKE, struct.pack("=QQ", address, PAGE_SIZE))
+            return PAGE_SIZE
         if code == errno.EAGAIN:
             return 0
         raise OSError(code, os.strerror(code))
@@ -161,11 +163,9 @@ def _ways() -> "Iterator[int | OSError]":
     number = _SYSTEM_CALL.get(platform.machine())
     if number is None:
         return
-    libc = ctypes.CDLL(None, use_errno=True)
     for flags in (0, _USER_MODE_ONLY):
-        fd = libc.syscall(number, os.O_CLOEXEC | os.O_NONBLOCK | flags)
-        code = ctypes.get_errno()
-        yield fd if fd >= 0 else OSError(code, os.strerror(code))
+        fd = LIBC.syscall(number, os.O_CLOEXEC | os.O_NONBLOCK | flags)
+        yield fd if fd >= 0 else last_error()
 
 
 class _ScanArguments(ctypes.Structure):
@@ -234,13 +234,13 @@ class Pagemap:
 
     def mark_written(self, flags: npt.NDArray[np.bool_], start: int, *, filled: bool = False) -> None:
         """`take_written` of as many pages as there are flags: each that was written gets its flag, no flag goes."""
-        _mark(flags, start, self.take_written(start, len(flags) * _PAGE, filled=filled))
+        _mark(flags, start, self.take_written(start, len(flags) * PAGE_SIZE, filled=filled))
 
     def see_written(self, flags: npt.NDArray[np.bool_], start: int) -> None:
         """`mark_written`, but what was written stays so: the next one finds it again."""
         found = self._scan(
             start,
-            len(flags) * _PAGE,
+            len(flags) * PAGE_SIZE,
             flags=_SCAN_CHECK_ASYNC,
             category_mask=_PAGE_IS_WRITTEN,
             return_mask=_PAGE_IS_WRITTEN,
@@ -251,7 +251,7 @@ class Pagemap:
         """Each page that has memory of its own and is no part of a huge one gets its flag. :raise OSError: as `take_written`."""
         found = self._scan(
             start,
-            len(flags) * _PAGE,
+            len(flags) * PAGE_SIZE,
             category_inverted=_PAGE_IS_HUGE | _PAGE_IS_ZERO,
             category_mask=_PAGE_IS_PRESENT | _PAGE_IS_HUGE | _PAGE_IS_ZERO,
             return_mask=_PAGE_IS_PRESENT,
@@ -267,7 +267,7 @@ class Pagemap:
 
 def _mark(flags: npt.NDArray[np.bool_], start: int, ranges: Ranges) -> None:
     """:param flags: one a page from `start` on, which is all that the ranges may hold."""
-    pages = ((ranges - np.uint64(start)) // np.uint64(_PAGE)).astype(np.int64)
+    pages = ((ranges - np.uint64(start)) // np.uint64(PAGE_SIZE)).astype(np.int64)
     edges = np.zeros(len(flags) + 1, np.int8)
     edges[pages[:, 0]] += 1
     edges[pages[:, 1]] -= 1

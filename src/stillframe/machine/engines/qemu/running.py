@@ -5,7 +5,6 @@ held by a descriptor.
 """
 
 import contextlib
-import ctypes
 import os
 import select
 import signal
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from stillframe.errors import IOFailed, NotFound
+from stillframe.machine.libc import LIBC
 
 _PR_SET_PDEATHSIG: Final = 1
 _START_FIELD: Final = 19
@@ -59,10 +59,10 @@ class Started:
     """
 
     def __init__(self, words: Sequence[str], errors: Path, *, ends_with_us: bool) -> None:
-        parent, libc = os.getpid(), _libc()
+        parent = os.getpid()
 
         def end_with_parent() -> None:
-            libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+            LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
             if os.getppid() != parent:
                 os._exit(1)
 
@@ -182,8 +182,3 @@ def started_at(pid: int) -> int:
 @cache
 def _starter() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="qemu-start")
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
