@@ -47,11 +47,15 @@ class EventBus:
 
     def emit(self, name: str, **data: Any) -> None:
         """Tell everybody. Keyword names with `_` stand for QMP's `-`, as `node_name` for `node-name`."""
-        self.tell(lambda: Event(name, {key.replace("_", "-"): value for key, value in data.items()}))
-
-    def tell(self, made: Callable[[], Event]) -> None:
-        """Tell everybody of an event that is made in its turn, or was made elsewhere."""
         with self._lock:
-            event = made()
-            for listener in self._listeners:
-                listener(event)
+            # Made in its turn, so that no event is older than the one told before it.
+            self._tell(Event(name, {key.replace("_", "-"): value for key, value in data.items()}))
+
+    def pass_on(self, event: Event) -> None:
+        """Tell everybody of an event that was made elsewhere."""
+        with self._lock:
+            self._tell(event)
+
+    def _tell(self, event: Event) -> None:
+        for listener in self._listeners:
+            listener(event)

@@ -172,5 +172,7 @@ def test_monitor_passes_on_what_is_qemus_and_hides_what_is_ours(machine: QemuMac
     with pytest.raises(StillframeError, match="has not been found"):
         machine.execute("no-such-command")
     assert "CPU #0" in machine.execute("human-monitor-command", command_line="info cpus")
+    # It is done, and prints nothing.
+    assert machine.execute("human-monitor-command", command_line="log none") == ""
     machine.save("one")
     assert "one" in machine.execute("human-monitor-command", command_line="info snapshots")

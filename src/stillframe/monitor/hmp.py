@@ -59,7 +59,8 @@ def run(host: Host, line: str) -> str:
         commands, prefix, name, rest = INFO, "info ", sub, after
     command = commands.get(name)
     if command is None:
-        return _passed(host, line) or f"unknown command: '{prefix}{name}'\r\n"
+        passed = _passed(host, line)
+        return f"unknown command: '{prefix}{name}'\r\n" if passed is None else passed
     try:
         words = _words(command, rest)
     except _BadWords as error:

@@ -236,7 +236,7 @@ class QemuMachine:
                 return
             # It may stay all the same: -no-shutdown.
             self._told = Shutdown(bool(event.data.get("guest")), str(event.data.get("reason")))
-        self.events.tell(lambda: event)
+        self.events.pass_on(event)
 
     def _has_ended(self, process: QemuProcess) -> None:
         """On the thread that read its monitor, or that made it the machine."""
