@@ -5,16 +5,12 @@ source   an image that can keep an instant (qcow2) is frozen for as long as the 
 target   nobody else may write to it; what it held is lost from the first piece on, whatever becomes of the copy
 """
 
-from collections.abc import Callable
 from contextlib import ExitStack
 
-from stillframe.block.copy import CopyOptions, copy
+from stillframe.block.copy import CopyOptions, Progress, copy
 from stillframe.block.graph import BlockGraph
 from stillframe.block.node import Node
 from stillframe.errors import Refused, Unsupported
-
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all; what it raises ends the copy."""
 
 
 class Backup:

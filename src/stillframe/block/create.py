@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from stillframe.block.file import FileNode, file_beside, remove_file, same_file
 from stillframe.block.node import Node
-from stillframe.block.opening import protocol_file
+from stillframe.block.opening import probe_format, protocol_file
 from stillframe.errors import AlreadyExists, InvalidRequest, Refused, StillframeError, Unsupported
 
 Preallocation = Literal["off", "metadata", "falloc", "full"]
@@ -63,7 +63,6 @@ def format_qcow2(node: Node, size: int, options: Mapping[str, Any]) -> None:
     :param size: of the disk, bytes. :param options: as `create_qcow2` takes them.
     :raise AlreadyExists: it holds a qcow2 image. :raise InvalidRequest: an option out of its bounds.
     """
-    from stillframe.block.opening import probe_format
     from stillframe.block.qcow2 import create_image
 
     _refuse_size(size)

@@ -67,7 +67,6 @@ class Wishes:
     board: str = "virt"
     memory: int = 128 << 20
     name: str | None = None
-    uuid: str | None = None
     kernel: Path | None = None
     initrd: Path | None = None
     append: str = ""
@@ -88,7 +87,6 @@ class Wishes:
     nographic: bool = False
     bare: bool = False
     keep_after_shutdown: bool = False
-    no_monitor: bool = False
     questions: list[str] = field(default_factory=list)
 
     def places(self) -> tuple[MonitorPlace, ...]:
@@ -212,8 +210,9 @@ def _name(wishes: Wishes, option: Option) -> None:
 
 
 def _uuid(wishes: Wishes, option: Option) -> None:
+    """Read, and kept nowhere: no command shows it."""
     try:
-        wishes.uuid = str(uuid.UUID(option.value))
+        uuid.UUID(option.value)
     except ValueError:
         raise option.refused("failed to parse UUID string: wrong format") from None
 

@@ -1,8 +1,5 @@
 """`stillframe image serve`: an image as a disk for other programs, over NBD, until it is interrupted."""
 
-import signal
-import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -16,7 +13,6 @@ if TYPE_CHECKING:
 
     from stillframe.sockets import SocketFile
 
-_ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NODE = "image"
 
 
@@ -37,7 +33,7 @@ SIGTERM and SIGHUP finish the requests in flight, disconnect the clients, and le
 @click.option(
     "--socket",
     "path",
-    type=click.Path(path_type=Path),
+    type=click.Path(),
     metavar="PATH",
     help="A unix socket to listen at, of mode 0600.",
 )
@@ -51,7 +47,7 @@ SIGTERM and SIGHUP finish the requests in flight, disconnect the clients, and le
 def serve(
     kind: str | None,
     force_share: bool,
-    path: Path | None,
+    path: str | None,
     tcp: str | None,
     export_name: str,
     snapshot: str | None,
@@ -59,6 +55,9 @@ def serve(
     file: str,
 ) -> None:
     """Serve an image over NBD to qemu, qemu-img, nbd-client and others."""
+    import signal
+    import threading
+
     from stillframe.block.export.exports import ExportRequest, NodeExports
     from stillframe.block.graph import BlockGraph
     from stillframe.block.options import NodeOptions
@@ -83,7 +82,8 @@ def serve(
         server = exports.start(lambda: _listener(path, tcp))
         try:
             exports.add(ExportRequest(_NODE, _NODE, export_name, writable=writable, snapshot=snapshot))
-            before = {number: signal.signal(number, lambda *_: over.set()) for number in _ENDS}
+            ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            before = {number: signal.signal(number, lambda *_: over.set()) for number in ends}
             try:
                 address = server.address
                 where = address if isinstance(address, str) else "{}:{}".format(*address)
@@ -98,12 +98,14 @@ def serve(
         graph.close()
 
 
-def _listener(path: Path | None, tcp: str | None) -> "tuple[socket.socket, SocketFile | None]":
+def _listener(path: str | None, tcp: str | None) -> "tuple[socket.socket, SocketFile | None]":
+    from pathlib import Path
+
     from stillframe.block.export.server import listen_tcp
     from stillframe.sockets import listening_unix_socket
 
     if path is not None:
-        return listening_unix_socket(path)
+        return listening_unix_socket(Path(path))
     host, colon, port = (tcp or "").rpartition(":")
     if not colon:
         raise InvalidRequest(f"'{tcp}' is not an address", remedy="Use HOST:PORT.")

@@ -58,7 +58,6 @@ class Connection:
         self._handshake_seconds = handshake_seconds
         self._incoming = Incoming(sock)
         self._agreed: Agreed | None = None
-        self._requests: Requests | None = None
         self._turn = threading.Lock()
         self._sending = threading.Lock()
         self._counts = threading.Lock()
@@ -120,13 +119,9 @@ class Connection:
         if agreed.export.is_closed:
             # It was removed after it had been found, and whoever removed it has not seen us.
             return
-        self._requests = Requests(agreed)
-        self._serve()
+        self._serve(Requests(agreed))
 
-    def _serve(self) -> None:
-        requests = self._requests
-        if requests is None:
-            return
+    def _serve(self, requests: Requests) -> None:
         room = _Room()
         while True:
             with self._counts:
@@ -145,7 +140,7 @@ class Connection:
                 if is_needed:
                     # Without one the client waits until this thread is done.
                     with contextlib.suppress(RuntimeError):
-                        self._add_thread(self._serve)
+                        self._add_thread(lambda: self._serve(requests))
             slow()
 
     # Its turn.

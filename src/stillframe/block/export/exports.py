@@ -42,12 +42,10 @@ class ExportRequest:
     bitmap: str | None = None
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Entry:
     export: Export
-    node_name: str
     use: NodeUse
-    is_shutting_down: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +76,7 @@ class NodeExports:
         """The export that clients call so."""
         found = (each for each in tuple(self._entries.values()) if each.export.name == name)
         entry = next(found, None)
-        return None if entry is None or entry.is_shutting_down else entry.export
+        return None if entry is None or entry.export.is_closed else entry.export
 
     def listed(self) -> Sequence[Export]:
         """The newest first, as QEMU lists them."""
@@ -87,7 +85,7 @@ class NodeExports:
     def infos(self) -> Sequence[ExportInfo]:
         """The newest first."""
         return [
-            ExportInfo(each.export.id, each.node_name, each.is_shutting_down)
+            ExportInfo(each.export.id, each.use.node.node_name, each.export.is_closed)
             for each in reversed(tuple(self._entries.values()))
         ]
 
@@ -120,7 +118,6 @@ class NodeExports:
             if self._server is None:
                 raise Refused("NBD server not running")
             for each in self._entries.values():
-                each.is_shutting_down = True
                 # Before the clients go: what waits while an export is held would not end otherwise.
                 each.export.close()
             self._server.close()
@@ -167,7 +164,7 @@ class NodeExports:
             use.release()
             raise
         export = Export(asked.id, shown, name=name, description=asked.description, writable=asked.writable)
-        self._entries = {**self._entries, asked.id: _Entry(export, asked.node_name, use)}
+        self._entries = {**self._entries, asked.id: _Entry(export, use)}
         return export
 
     def remove(self, id: str, *, hard: bool = False) -> None:
@@ -206,16 +203,8 @@ class NodeExports:
             if self._server is not None:
                 self.stop()
 
-    def get(self, id: str) -> Export:
-        """The export of that id. :raise NotFound: there is none."""
-        entry = self._entries.get(id)
-        if entry is None:
-            raise NotFound(f"Export '{id}' is not found")
-        return entry.export
-
     def _end(self, id: str) -> None:
         entry = self._entries[id]
-        entry.is_shutting_down = True
         entry.export.close()
         if self._server is not None:
             self._server.disconnect(entry.export)

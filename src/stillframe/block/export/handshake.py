@@ -181,7 +181,7 @@ def _inform(
     exports: Exports, state: _State, option: int, data: bytes
 ) -> tuple[_State, Export | None, list[bytes]]:
     name, rest = _text(data)
-    wanted = _numbers(rest, "H")
+    wanted = _numbers(rest)
     export = _found(exports, name)
     if export is None:
         return state, None, [_unknown(option, name)]
@@ -250,14 +250,14 @@ def _text(data: bytes) -> tuple[bytes, bytes]:
     return data[4 : 4 + length], data[4 + length :]
 
 
-def _numbers(data: bytes, kind: str) -> tuple[int, ...]:
+def _numbers(data: bytes) -> tuple[int, ...]:
     """A count and as many numbers, and nothing else."""
     if len(data) < 2:
         raise _Invalid("the data ends early")
     (count,) = struct.unpack_from(">H", data)
-    if len(data) != 2 + count * struct.calcsize(kind):
+    if len(data) != 2 + 2 * count:
         raise _Invalid("the count and the length disagree")
-    return struct.unpack_from(f">{count}{kind}", data, 2)
+    return struct.unpack_from(f">{count}H", data, 2)
 
 
 def _queries(data: bytes) -> Iterator[bytes]:
