@@ -164,6 +164,9 @@ class RunningMachine:
         nodes = devices or ("root",)
         self.talk(lambda client: client.load(tag, vmstate=nodes[0], devices=nodes))
 
+    def delete(self, tag: str, *devices: str) -> None:
+        self.talk(lambda client: client.delete(tag, devices=devices or ("root",)))
+
     def execute(self, command: str, **arguments: Any) -> Any:
         named = {key.replace("_", "-"): value for key, value in arguments.items()}
         return self.talk(lambda client: client.execute(command, named))

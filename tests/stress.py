@@ -166,7 +166,7 @@ class Life:
             tag = self.chance.choice(sorted(story.snapshots))
             with self._changing:
                 story.deleting = (tag, story.snapshots.pop(tag))
-            self.machine.talk(lambda client: client.delete(tag, devices=["root"]))
+            self.machine.delete(tag)
             story.deleting = None
             story.count("deletes")
 

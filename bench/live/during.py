@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from guests import DIRTYING, DISK, OURS, SIZES, THEIRS, Guest, guest
@@ -17,7 +18,7 @@ from tables import Row, at_most
 from snapshots.hosts import Register, new_image, new_machine
 from stillframe.client import Client
 from stillframe.machine.frozen import freeze
-from stillframe.machine.tracking import HashTracking
+from stillframe.machine.tracking import HashName, HashTracking
 from stillframe.vmstate.ram import PAGE_SIZE
 
 _ASKED = ("query-status", "query-jobs", "query-named-block-nodes")
@@ -162,9 +163,9 @@ def _hashes(rounds: int) -> list[Row]:
     found = []
     copy = freeze(machine.memory)
     try:
-        for algorithm in ("xxh3", "blake2"):
+        for algorithm in get_args(HashName):
             row = Row(f"changes by hashes, {algorithm}, pages of {PAGE_SIZE} bytes", "MB/s")
-            tracking = HashTracking(algorithm)  # type: ignore[arg-type]
+            tracking = HashTracking(algorithm)
             for _ in range(rounds):
                 begun = time.perf_counter()
                 tracking.digests(block, copy)

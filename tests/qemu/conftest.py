@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from guest.qemu_machines import qemus_of
+from qemu.killed import qemus_of
 
 
 @pytest.fixture

@@ -8,30 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from guest.qemu_machines import (
-    BEAT,
-    VERSIONS,
-    QemuMachine,
-    SmallMachine,
-    beat,
-    check_image,
-    listed,
-    qemu_of,
-    qemus_of,
-    steps,
-)
 from peers import peer
-from running import RunningMachine, stillframe
+from qemu.killed import SmallMachine, listed, qemu_of, qemus_of, steps
+from qemu_guests import BEAT, GuestMachine, QemuGuest, check_image, versions
+from running import stillframe
 from stillframe.block.qcow2 import unflushed
 from stillframe.errors import StillframeError
 
-QEMUS = [pytest.param(version, marks=pytest.mark.xdist_group(f"qemu-{version}")) for version in VERSIONS]
 ROUNDS = int(os.environ.get("STILLFRAME_ADOPT_ROUNDS", "2"))
 
 
-def adopted(directory: Path) -> RunningMachine:
+def adopted(directory: Path) -> QemuGuest:
     """Goes on with the machine 'box'."""
-    return RunningMachine(directory, "--adopt", "box")
+    return QemuGuest(directory, "--adopt", "box")
 
 
 def refusal() -> str:
@@ -41,12 +30,12 @@ def refusal() -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("version", QEMUS)
+@pytest.mark.parametrize("version", versions("qemu"))
 def test_no_acknowledged_write_reads_back_old_however_often_we_are_killed(
     version: str, tmp_path: Path, runtime: Path
 ) -> None:
     """A snapshot before each kill, so that the guest's writes replace clusters of it, which is what memory alone knows of."""
-    machine: RunningMachine = QemuMachine(tmp_path / "m", version, "--name", "box")
+    machine: QemuGuest = GuestMachine(tmp_path / "m", version, "--name", "box")
     image = tmp_path / "m" / "root.qcow2"
     try:
         machine.console.until("HB 3 ")
@@ -61,9 +50,9 @@ def test_no_acknowledged_write_reads_back_old_however_often_we_are_killed(
             for _ in range(70):
                 assert machine.console.until(BEAT)[2] == "0"
             machine.load(f"s{number}")
-            beat(machine)
+            machine.beat()
             pid = qemu_of(runtime)
-            machine.talk(lambda client: client.delete(f"s{number}", devices=["root"]))  # noqa: B023
+            machine.delete(f"s{number}")
         machine.quit()
     finally:
         machine.kill()
@@ -73,7 +62,7 @@ def test_no_acknowledged_write_reads_back_old_however_often_we_are_killed(
 
 def test_guest_is_found_as_its_user_left_it_and_by_one_at_a_time(tmp_path: Path, runtime: Path) -> None:
     with SmallMachine(tmp_path / "m", "10.0", "--name", "box") as machine:
-        beat(machine)
+        machine.beat()
         assert "A stillframe serves the machine 'box'" in refusal()
         machine.execute("stop")
         machine.kill()
@@ -84,7 +73,7 @@ def test_guest_is_found_as_its_user_left_it_and_by_one_at_a_time(tmp_path: Path,
         with adopted(tmp_path / "again") as again:
             assert again.execute("query-status")["status"] == "paused"
             again.execute("cont")
-            beat(again)
+            again.beat()
             again.quit()
     assert list(runtime.iterdir()) == []
     assert "There is no machine 'box'" in refusal()
@@ -118,7 +107,7 @@ def test_guest_whose_disk_is_not_what_it_was_is_ended_and_never_gets_it_again(
     what: Callable[[SmallMachine, Path], None], word: str, tmp_path: Path, runtime: Path
 ) -> None:
     with SmallMachine(tmp_path / "m", "7.2", "--name", "box") as machine:
-        beat(machine)
+        machine.beat()
         machine.kill()
         what(machine, runtime)
         said = refusal()
@@ -133,7 +122,7 @@ def test_record_that_is_damaged_or_of_a_qemu_that_ended_is_refused_with_that_wor
     tmp_path: Path, runtime: Path
 ) -> None:
     with SmallMachine(tmp_path / "m", "7.2", "--name", "box") as machine:
-        beat(machine)
+        machine.beat()
         machine.kill()
         record = runtime / "box.qemu" / "record"
         whole = record.read_bytes()
@@ -148,10 +137,10 @@ def test_record_that_is_damaged_or_of_a_qemu_that_ended_is_refused_with_that_wor
 
 def test_qemu_of_a_machine_without_a_name_ends_with_us(tmp_path: Path, runtime: Path) -> None:
     with SmallMachine(tmp_path / "m", "10.0") as machine:
-        beat(machine)
+        machine.beat()
         machine.save("one")
         machine.load("one")
-        beat(machine)
+        machine.beat()
         assert len(qemus_of(tmp_path)) == 1
         machine.kill()
         deadline = time.monotonic() + 30
@@ -160,18 +149,18 @@ def test_qemu_of_a_machine_without_a_name_ends_with_us(tmp_path: Path, runtime: 
             time.sleep(0.02)
 
 
-@pytest.mark.parametrize("version", QEMUS)
+@pytest.mark.parametrize("version", versions("qemu"))
 @pytest.mark.parametrize("operation", ["save", "load"])
 def test_machine_is_taken_over_from_any_step_of_a_save_or_load_or_it_is_said_why_not(
     operation: str, version: str, tmp_path: Path, runtime: Path
 ) -> None:
     with SmallMachine(tmp_path / "m", version) as machine:
-        beat(machine)
+        machine.beat()
         machine.save("kept")
         machine.quit()
     for number in steps(operation, 1):
         with SmallMachine(tmp_path / "m", version, "--name", "box", dying=("us", number)) as machine:
-            beat(machine)
+            machine.beat()
             try:
                 (machine.save if operation == "save" else machine.load)(
                     "new" if operation == "save" else "kept"
@@ -195,14 +184,14 @@ def why_not(directory: Path) -> str | None:
     try:
         with adopted(directory) as again:
             try:
-                beat(again)
+                again.beat()
             except AssertionError:
                 again.process.wait(60)
                 raise
             again.save("more")
             again.load("kept")
-            beat(again)
-            again.talk(lambda client: client.delete("more", devices=["root"]))
+            again.beat()
+            again.delete("more")
             again.quit()
     except AssertionError:
         return (directory / "stderr").read_text()

@@ -11,24 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from guest.qemu_machines import (
-    VERSIONS,
-    QemuMachine,
-    SmallMachine,
-    beat,
-    check_image,
-    listed,
-    qemu_of,
-    steps,
-)
-from running import RunningMachine
+from qemu.killed import SmallMachine, listed, qemu_of, steps
+from qemu_guests import GuestMachine, QemuGuest, check_image, versions
 from stillframe.client import Client
 from stillframe.errors import StillframeError
 
-QEMUS = [pytest.param(version, marks=pytest.mark.xdist_group(f"qemu-{version}")) for version in VERSIONS]
 
-
-def outcome_of(machine: RunningMachine, operation: str, tag: str) -> str:
+def outcome_of(machine: QemuGuest, operation: str, tag: str) -> str:
     """What a client is told of it; "done" for a success."""
     try:
         (machine.save if operation == "save" else machine.load)(tag)
@@ -41,7 +30,7 @@ def test_qemu_that_is_killed_ends_the_machine_with_a_word_and_nothing_is_left(
     tmp_path: Path, runtime: Path
 ) -> None:
     with SmallMachine(tmp_path / "m", "10.0", "--name", "box") as machine:
-        beat(machine)
+        machine.beat()
 
         async def shutdown(client: Client) -> object:
             async with client.events("SHUTDOWN") as events:
@@ -57,7 +46,7 @@ def test_qemu_that_is_killed_ends_the_machine_with_a_word_and_nothing_is_left(
 
 def test_qemu_that_somebody_ends_says_so_with_its_last_words(tmp_path: Path, runtime: Path) -> None:
     with SmallMachine(tmp_path / "m", "7.2") as machine:
-        beat(machine)
+        machine.beat()
         os.kill(qemu_of(runtime), signal.SIGTERM)
         assert machine.process.wait(30) == 1
     assert "terminating on signal 15" in machine.log.read_text()
@@ -66,7 +55,7 @@ def test_qemu_that_somebody_ends_says_so_with_its_last_words(tmp_path: Path, run
 
 @pytest.mark.xdist_group("qemu-10.0")
 def test_guest_that_powers_off_ends_the_machine_unless_it_is_to_stay(tmp_path: Path, runtime: Path) -> None:
-    with QemuMachine(tmp_path / "m", "10.0", "--no-shutdown") as machine:
+    with GuestMachine(tmp_path / "m", "10.0", "--no-shutdown") as machine:
         machine.console.until("HB 3 ")
         machine.save("up")
         machine.console.type("poweroff\n")
@@ -82,14 +71,14 @@ def test_guest_that_powers_off_ends_the_machine_unless_it_is_to_stay(tmp_path: P
     check_image(machine.image, in_use=True)
 
 
-@pytest.mark.parametrize("version", QEMUS)
+@pytest.mark.parametrize("version", versions("qemu"))
 def test_qemu_killed_at_any_step_of_a_save_costs_that_snapshot_at_most(
     version: str, tmp_path: Path, runtime: Path
 ) -> None:
     for number in steps("save", 1):
         directory = tmp_path / str(number)
         with SmallMachine(directory, version, "--name", "box", dying=("machine", number)) as machine:
-            beat(machine)
+            machine.beat()
             outcome = outcome_of(machine, "save", "new")
             if not machine.died.exists():
                 machine.quit()
@@ -103,17 +92,17 @@ def test_qemu_killed_at_any_step_of_a_save_costs_that_snapshot_at_most(
 
 
 @pytest.mark.parametrize("who", ["machine", "successor"])
-@pytest.mark.parametrize("version", QEMUS)
+@pytest.mark.parametrize("version", versions("qemu"))
 def test_either_qemu_killed_at_any_step_of_a_load_leaves_snapshots_that_load(
     version: str, who: str, tmp_path: Path, runtime: Path
 ) -> None:
     with SmallMachine(tmp_path / "m", version) as machine:
-        beat(machine)
+        machine.beat()
         machine.save("kept")
         machine.quit()
     for number in steps("load", 1):
         with SmallMachine(tmp_path / "m", version, "--name", "box", dying=(who, number)) as machine:
-            beat(machine)
+            machine.beat()
             outcome = outcome_of(machine, "load", "kept")
             if not machine.died.exists():
                 machine.quit()
@@ -123,7 +112,7 @@ def test_either_qemu_killed_at_any_step_of_a_load_leaves_snapshots_that_load(
                 # It was not the machine yet, or not any more.
                 assert (outcome == "done") == (who == "machine"), step
                 machine.load("kept")
-                beat(machine)
+                machine.beat()
                 machine.quit()
             else:
                 assert machine.process.wait(60) == 1, step
@@ -132,12 +121,12 @@ def test_either_qemu_killed_at_any_step_of_a_load_leaves_snapshots_that_load(
         assert listed(machine.image) == ["kept"]
 
 
-def goes_on(machine: RunningMachine) -> bool:
+def goes_on(machine: QemuGuest) -> bool:
     """Whether its guest is heard of again, and again; the console of a machine that ends is closed."""
     try:
         # The first may have been on its way when its QEMU was killed.
         for _ in range(5):
-            beat(machine)
+            machine.beat()
     except (AssertionError, OSError):
         return False
     return True

@@ -4,34 +4,27 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from peers import linux_guest, peer
-from qemu_guests import CPU, MACHINE, VERSIONS, GuestMachine, check_image
+from qemu_guests import GuestMachine, check_image, machine_within, versions
 from stillframe.errors import StillframeError
-from stillframe.events import EventBus
-from stillframe.machine.build import MachineHome, QemuConfig, QemuMachine
-from stillframe.machine.console import LogConsole
 from stillframe.machine.control import Quiesce
 from stillframe.machine.engines.qemu.agent import agent_at
 
+APPEND = "console=ttyS0 quiet no_timer_check"
 _NEEDS_RECOVERY = 0x04
 """Of ext4's incompatible features: its journal has something to replay."""
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(version, marks=pytest.mark.xdist_group(f"agent-{version}")) for version in VERSIONS],
-)
+@pytest.fixture(scope="module", params=versions("agent"))
 def machine(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[GuestMachine]:
     directory = tmp_path_factory.mktemp("agent") / "guest"
-    append = "console=ttyS0 quiet no_timer_check"
-    with GuestMachine(directory, request.param, "--agent", initrd="agent-initrd", append=append) as machine:
+    with GuestMachine(directory, request.param, "--agent", initrd="agent-initrd", append=APPEND) as machine:
         machine.console.until("shell ready")
         machine.console.shell("mkfs.ext4 -q /dev/vda && mkdir -p /mnt && mount /dev/vda /mnt")
         yield machine
@@ -119,52 +112,36 @@ def test_paused_guest_cannot_be_quiesced(machine: GuestMachine) -> None:
 @pytest.mark.parametrize("version", [pytest.param("10.0", marks=pytest.mark.xdist_group("agent-10.0"))])
 def test_file_systems_are_thawed_where_the_save_fails_in_its_pause(version: str, tmp_path: Path) -> None:
     files = linux_guest("x86_64")
-    log = tmp_path / "console"
-    with closing(MachineHome.temporary()) as home, closing(LogConsole(log)) as console:
-        config = QemuConfig(
-            name=None,
-            program=peer("qemu-system-x86_64", version),
-            machine_type=MACHINE,
-            memory_size=128 << 20,
-            kernel=files["kernel"],
-            initrd=files["agent-initrd"],
-            append="console=ttyS0 quiet no_timer_check",
-            bios=None,
-            devices=(),
-            nodes=(),
-            flash=(),
-            words=("-cpu", CPU, "-nodefaults", "-no-user-config", "-device", "virtio-rng-pci"),
-            console=console,
-            agent=True,
-            home=home,
-            keep_after_shutdown=False,
-            reconnect_seconds=0,
-        )
-        with closing(QemuMachine(config, EventBus())) as machine:
-            machine.start()
-            while b"shell ready" not in log.read_bytes():
-                assert not machine.wait(0.05), machine.failure
-            seen = []
+    with machine_within(
+        tmp_path,
+        peer("qemu-system-x86_64", version),
+        "shell ready",
+        kernel=files["kernel"],
+        initrd=files["agent-initrd"],
+        append=APPEND,
+        agent=True,
+    ) as machine:
+        seen = []
 
-            def fail() -> None:
-                seen.append(machine.run_state)
-                raise StillframeError("the disk is gone")
+        def fail() -> None:
+            seen.append(machine.run_state)
+            raise StillframeError("the disk is gone")
 
-            def state() -> str:
-                with agent_at(machine._agent_path) as agent:
-                    return str(agent.execute("guest-fsfreeze-status", 30.0))
+        def state() -> str:
+            with agent_at(machine._agent_path) as agent:
+                return str(agent.execute("guest-fsfreeze-status", 30.0))
 
-            deadline = time.monotonic() + 60
-            while True:
-                try:
-                    assert state() == "thawed"
-                    break
-                except StillframeError:
-                    # The shell is there before the agent is.
-                    assert time.monotonic() < deadline
-            with (
-                pytest.raises(StillframeError, match="the disk is gone"),
-                machine.captured(fail, quiesce=Quiesce.REQUIRED),
-            ):
-                pass
-            assert (len(seen), state(), machine.runs()) == (1, "thawed", True)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                assert state() == "thawed"
+                break
+            except StillframeError:
+                # The shell is there before the agent is.
+                assert time.monotonic() < deadline
+        with (
+            pytest.raises(StillframeError, match="the disk is gone"),
+            machine.captured(fail, quiesce=Quiesce.REQUIRED),
+        ):
+            pass
+        assert (len(seen), state(), machine.runs()) == (1, "thawed", True)

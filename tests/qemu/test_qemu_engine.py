@@ -11,19 +11,16 @@ from pathlib import Path
 import pytest
 
 from guest.consoles import GuestProcess
-from guest.qemu_machines import BEAT, VERSIONS, QemuMachine, check_image, create, qemu_words, tags
+from qemu_guests import BEAT, VERSIONS, GuestMachine, check_image, create, qemu_words, versions
 from stillframe.client import Client, connect
 from stillframe.errors import StillframeError
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(version, marks=pytest.mark.xdist_group(f"qemu-{version}")) for version in VERSIONS],
-)
+@pytest.fixture(scope="module", params=versions("qemu"))
 def running(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[QemuMachine]:
-    with QemuMachine(tmp_path_factory.mktemp("qemu"), request.param) as machine:
+) -> Iterator[GuestMachine]:
+    with GuestMachine(tmp_path_factory.mktemp("qemu"), request.param) as machine:
         machine.console.until(r"boot nonce=")
         machine.console.until("HB 3 ")
         yield machine
@@ -33,15 +30,15 @@ def running(
 
 
 @pytest.fixture
-def machine(running: QemuMachine) -> Iterator[QemuMachine]:
+def machine(running: GuestMachine) -> Iterator[GuestMachine]:
     yield running
-    for tag in tags(running):
+    for tag in running.tags():
         running.delete(tag)
     assert running.execute("query-status")["status"] == "running"
     running.beat()
 
 
-def test_guest_runs_on_while_it_is_saved_and_comes_back_to_each_instant(machine: QemuMachine) -> None:
+def test_guest_runs_on_while_it_is_saved_and_comes_back_to_each_instant(machine: GuestMachine) -> None:
     first = machine.beat()
     machine.save("one")
     between = machine.beat()
@@ -61,7 +58,7 @@ def test_guest_runs_on_while_it_is_saved_and_comes_back_to_each_instant(machine:
 
 
 def test_second_save_writes_only_what_changed_and_stock_qemu_loads_it(
-    machine: QemuMachine, tmp_path: Path
+    machine: GuestMachine, tmp_path: Path
 ) -> None:
     def blocks() -> int:
         return machine.image.stat().st_blocks * 512
@@ -79,7 +76,7 @@ def test_second_save_writes_only_what_changed_and_stock_qemu_loads_it(
     check_image(copy, in_use=True)
 
 
-def test_snapshot_that_stock_qemu_made_is_loaded_and_continued(machine: QemuMachine, tmp_path: Path) -> None:
+def test_snapshot_that_stock_qemu_made_is_loaded_and_continued(machine: GuestMachine, tmp_path: Path) -> None:
     copy = tmp_path / "theirs" / "root.qcow2"
     copy.parent.mkdir()
     create(copy)
@@ -91,7 +88,7 @@ def test_snapshot_that_stock_qemu_made_is_loaded_and_continued(machine: QemuMach
         save_and_quit(tmp_path / "qmp", "theirs")
         assert guest.wait() == 0
     check_image(copy)
-    with QemuMachine(copy.parent, machine.version, "--paused") as ours:
+    with GuestMachine(copy.parent, machine.version, "--paused") as ours:
         ours.load("theirs")
         ours.execute("cont")
         found = ours.console.until(BEAT)
@@ -114,13 +111,13 @@ def save_and_quit(path: Path, tag: str) -> None:
 
 
 def test_state_of_another_machine_is_refused_in_qemus_words_and_the_guest_goes_on(
-    machine: QemuMachine, tmp_path: Path
+    machine: GuestMachine, tmp_path: Path
 ) -> None:
     machine.save("one")
     directory = tmp_path / "other"
     directory.mkdir()
     shutil.copyfile(machine.image, directory / "root.qcow2")
-    with QemuMachine(directory, machine.version, "--device", "virtio-balloon-pci") as other:
+    with GuestMachine(directory, machine.version, "--device", "virtio-balloon-pci") as other:
         other.console.until("HB 3 ")
         before = other.beat()
         with pytest.raises(StillframeError, match=r"virtio-balloon|savevm section|Device '"):
@@ -131,7 +128,7 @@ def test_state_of_another_machine_is_refused_in_qemus_words_and_the_guest_goes_o
     check_image(directory / "root.qcow2", in_use=True)
 
 
-def test_cancelled_save_leaves_nothing_behind(machine: QemuMachine) -> None:
+def test_cancelled_save_leaves_nothing_behind(machine: GuestMachine) -> None:
     machine.save("kept")
 
     async def cancelled(client: Client) -> str:
@@ -146,13 +143,13 @@ def test_cancelled_save_leaves_nothing_behind(machine: QemuMachine) -> None:
                 return str(job.get("error", ""))
 
     error = machine.talk(cancelled)
-    assert (tags(machine), "cancel" in error.lower()) == (["kept"], True)
+    assert (machine.tags(), "cancel" in error.lower()) == (["kept"], True)
     machine.beat()
     machine.save("again")
     check_image(machine.image, in_use=True)
 
 
-def test_paused_guest_stays_paused_through_a_save_and_a_load(machine: QemuMachine) -> None:
+def test_paused_guest_stays_paused_through_a_save_and_a_load(machine: GuestMachine) -> None:
     machine.execute("stop")
     machine.save("paused")
     assert machine.execute("query-status") == {"status": "paused", "running": False}
@@ -162,7 +159,7 @@ def test_paused_guest_stays_paused_through_a_save_and_a_load(machine: QemuMachin
     machine.beat()
 
 
-def test_monitor_passes_on_what_is_qemus_and_hides_what_is_ours(machine: QemuMachine) -> None:
+def test_monitor_passes_on_what_is_qemus_and_hides_what_is_ours(machine: GuestMachine) -> None:
     assert machine.execute("query-cpus-fast")[0]["cpu-index"] == 0
     names = {each["name"] for each in machine.execute("query-commands")}
     assert {"device_add", "snapshot-save", "query-cpus-fast"} <= names

@@ -7,20 +7,26 @@ snapshots.
 import asyncio
 import json
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from peers import checking_guest, peer
-from qemu_guests import APPEND, BEAT, CPU, MACHINE, VERSIONS, GuestMachine, check_image, without_userfaultfd
+from qemu_guests import (
+    APPEND,
+    BEAT,
+    VERSIONS,
+    GuestMachine,
+    check_image,
+    machine_within,
+    versions,
+    without_userfaultfd,
+)
 from running import stillframe
 from stillframe.client import Client
 from stillframe.errors import StillframeError
-from stillframe.events import EventBus
-from stillframe.machine.build import MachineHome, QemuConfig, QemuMachine
-from stillframe.machine.console import LogConsole
+from stillframe.machine.build import QemuMachine
 from stillframe.machine.engines.qemu import capture as capture_module
 
 EVERY = [
@@ -159,40 +165,17 @@ def test_paused_job_holds_our_writing_and_never_the_guest(machine: GuestMachine)
     assert machine.tags() == ["one"]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(version, marks=pytest.mark.xdist_group(f"ladder-{version}")) for version in VERSIONS
-    ],
-)
+@pytest.fixture(scope="module", params=versions("ladder"))
 def within(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuMachine]:
     """A guest that rewrites memory all the time, whose QEMU may not track that; the machine is in this process."""
     directory = tmp_path_factory.mktemp("within")
     files = checking_guest("x86_64")
-    with closing(MachineHome.temporary()) as home, closing(LogConsole(directory / "console")) as console:
-        config = QemuConfig(
-            name=None,
-            program=without_userfaultfd(directory, peer("qemu-system-x86_64", request.param)),
-            machine_type=MACHINE,
-            memory_size=128 << 20,
-            kernel=files["kernel"],
-            initrd=files["check-initrd"],
-            append=f"{APPEND.partition('period=')[0]}period=1 mb=32 dirty=8192",
-            bios=None,
-            devices=(),
-            nodes=(),
-            flash=(),
-            home=home,
-            keep_after_shutdown=False,
-            reconnect_seconds=0,
-            words=("-cpu", CPU, "-nodefaults", "-no-user-config", "-device", "virtio-rng-pci"),
-            console=console,
-        )
-        with closing(QemuMachine(config, EventBus())) as machine:
-            machine.start()
-            while b"HB 3 " not in (directory / "console").read_bytes():
-                assert not machine.wait(0.05), machine.failure
-            yield machine
+    program = without_userfaultfd(directory, peer("qemu-system-x86_64", request.param))
+    append = f"{APPEND.partition('period=')[0]}period=1 mb=32 dirty=8192"
+    with machine_within(
+        directory, program, "HB 3 ", kernel=files["kernel"], initrd=files["check-initrd"], append=append
+    ) as machine:
+        yield machine
 
 
 def taken(machine: QemuMachine, **more: Any) -> tuple[str, str, bool]:
@@ -262,9 +245,7 @@ def test_failure_in_the_pause_lets_the_guest_run_on(within: QemuMachine) -> None
     assert taken(within)[2]
 
 
-@pytest.mark.parametrize(
-    "version", [pytest.param(each, marks=pytest.mark.xdist_group(f"ladder-{each}")) for each in VERSIONS]
-)
+@pytest.mark.parametrize("version", versions("ladder"))
 @pytest.mark.parametrize("able", [True, False], ids=["tracks", "may not track"])
 def test_doctor_says_what_a_qemu_could_do_here(version: str, able: bool, tmp_path: Path) -> None:
     program = peer("qemu-system-x86_64", version)

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from qemu_guests import VERSIONS, GuestMachine
+from qemu_guests import GuestMachine, versions
 from stillframe.errors import StillframeError
 from stillframe.sockets import connected_unix_socket
 
-every_version = pytest.mark.parametrize(
-    "version", [pytest.param(each, marks=pytest.mark.xdist_group(f"agent-{each}")) for each in VERSIONS]
-)
+every_version = pytest.mark.parametrize("version", versions("agent"))
 
 
 def greeting(connection: socket.socket) -> bytes:

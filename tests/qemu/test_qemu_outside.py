@@ -8,16 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from qemu_guests import VERSIONS, GuestMachine
+from qemu_guests import GuestMachine, versions
 from stillframe.errors import StillframeError
 from stillframe.sockets import listening_unix_socket
 
 _ANSWERS = {1: 1 << 32, 11: 0, 15: 0, 17: 1, 36: 8}
 """To vhost-user's requests: features (a device of version 1), a ring's base, protocol features, queues, memory slots."""
 
-every_version = pytest.mark.parametrize(
-    "version", [pytest.param(each, marks=pytest.mark.xdist_group(f"agent-{each}")) for each in VERSIONS]
-)
+every_version = pytest.mark.parametrize("version", versions("agent"))
 
 
 @pytest.fixture

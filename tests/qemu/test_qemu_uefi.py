@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from peers import linux_guest, peer
-from qemu_guests import GuestMachine, check_image, create
+from qemu_guests import GuestMachine, check_image, create, disk
 from stillframe.errors import StillframeError
 
 _VARIABLE = "Mark -guid 9ae6e1f2-37f8-4d5c-b6a5-0f3b8a5c7d11"
@@ -32,16 +32,10 @@ class Firmware(GuestMachine):
             create(directory / "data.qcow2", str((3 << 20) + 512))
             with (directory / "raw").open("wb") as raw:
                 raw.truncate((5 << 20) + 512)
-        more = [
-            "--blockdev",
-            f"driver=qcow2,node-name=data,file.driver=file,file.filename={directory}/data.qcow2",
-        ]
-        more += ["--device", "virtio-blk-pci,drive=data"]
-        more += ["--blockdev", f"driver=raw,node-name=raw,file.driver=file,file.filename={directory}/raw"]
-        more += ["--device", "virtio-blk-pci,drive=raw,id=raw0"]
+        more = [*disk(directory / "data.qcow2", "data"), "--device", "virtio-blk-pci,drive=data"]
+        more += [*disk(directory / "raw", "raw", "raw"), "--device", "virtio-blk-pci,drive=raw,id=raw0"]
         more += ["--device", "pcie-root-port,id=rp0"]
         flash = [("code", "raw", files["ovmf-code"]), ("vars", driver, self.variables)]
-        create(directory / "root.qcow2")
         super().__init__(directory, version, *more, *options, initrd=None, flash=flash)
 
     def shell(self, line: str) -> str:
