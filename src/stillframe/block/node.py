@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
 
 if TYPE_CHECKING:
-    from array import array
+    from stillframe.block.open_state import OpenState
 
 
 class ExtentKind(Enum):
@@ -255,19 +255,6 @@ class PendingSnapshot(Protocol):
     def abandon(self) -> None:
         """Forget it: the node goes on as if `freeze` had not been called, and the state's space is given back."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class OpenState:
-    """A machine state as it lies in a file.
-
-    :param fd: for reading it; whoever gets this closes it. :param cluster_bits: of the size of a piece.
-    :param places: byte offset in the file of each piece.
-    """
-
-    fd: int
-    cluster_bits: int
-    places: "array[int]"
 
 
 class SnapshotStore(Protocol):

@@ -19,11 +19,11 @@ import os
 import select
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from stillframe.block.open_state import OpenState
 from stillframe.errors import IOFailed
 from stillframe.machine.child import fork_child, wait_for_child
 from stillframe.machine.memory import PAGE_SIZE, MemoryBlock, advise, aligned_mapping
@@ -61,32 +61,6 @@ _DONTFORK, _DOFORK = 10, 11
 
 Flags = Mapping[str, npt.NDArray[np.bool_]]
 Offsets = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class StateFile:
-    """Where the bytes of a stream lie. :param fd: of the file. :param places: byte offset of each cluster in it."""
-
-    fd: int
-    cluster_bits: int
-    places: npt.NDArray[np.int64]
-
-    def readinto(self, offset: int, buffer: memoryview) -> None:
-        """Bytes of the stream. :raise OSError: they cannot be read."""
-        bits, done = self.cluster_bits, 0
-        size = 1 << bits
-        while done < len(buffer):
-            at = offset + done
-            cluster = at >> bits
-            end = cluster + 1
-            wanted = (at + len(buffer) - done - 1) >> bits
-            while end <= wanted and self.places[end] == self.places[end - 1] + size:
-                end += 1
-            part = buffer[done : done + (end << bits) - at]
-            count = os.preadv(self.fd, [part], int(self.places[cluster]) + (at & (size - 1)))
-            if count <= 0:
-                raise OSError(errno.EIO, "the file ends too early")
-            done += count
 
 
 class MovedPages:
@@ -131,7 +105,7 @@ class ArrivingMemory:
     """
 
     def __init__(
-        self, blocks: Sequence[MemoryBlock], offsets: Mapping[str, Offsets], file: StateFile
+        self, blocks: Sequence[MemoryBlock], offsets: Mapping[str, Offsets], file: OpenState
     ) -> None:
         self._blocks = tuple(blocks)
         self._moved: list[MovedPages] = []
@@ -149,7 +123,7 @@ class ArrivingMemory:
         finally:
             os.close(file.fd)
 
-    def _start(self, parts: Sequence[tuple[int, Offsets]], file: StateFile) -> None:
+    def _start(self, parts: Sequence[tuple[int, Offsets]], file: OpenState) -> None:
         self._report, told = os.pipe()
         hears, self._control = os.pipe()
         try:
@@ -167,7 +141,7 @@ class ArrivingMemory:
         if kind != _READY:
             raise OSError(errno.ECHILD, os.strerror(errno.ECHILD))
 
-    def _fork(self, parts: Sequence[tuple[int, Offsets]], file: StateFile, hears: int, told: int) -> int:
+    def _fork(self, parts: Sequence[tuple[int, Offsets]], file: OpenState, hears: int, told: int) -> int:
         faults = self._faults
         if faults is None:
             raise RuntimeError("Already given away")
@@ -304,7 +278,7 @@ class _Server:
         self,
         faults: Userfaultfd,
         parts: Sequence[tuple[int, Offsets]],
-        file: StateFile,
+        file: OpenState,
         hears: int,
         told: int,
     ) -> None:

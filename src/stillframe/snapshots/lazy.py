@@ -17,13 +17,14 @@ from uuid import UUID
 
 import numpy as np
 
-from stillframe.block.node import SnapshotInfo
-from stillframe.errors import Cancelled, Corrupt, IOFailed, StillframeError
-from stillframe.machine.arriving import ArrivingMemory, StateFile
+from stillframe.block.open_state import OpenState
+from stillframe.errors import Cancelled, IOFailed
+from stillframe.machine.arriving import ArrivingMemory
 from stillframe.machine.machine import Machine
 from stillframe.machine.memory import PAGE_SIZE, GuestMemory
 from stillframe.snapshots.context import Context
-from stillframe.snapshots.ground import Ground, read_page_index
+from stillframe.snapshots.ground import Ground
+from stillframe.snapshots.later_memory import known_pages, stop_without
 from stillframe.snapshots.rewind import NearbyMemory
 from stillframe.snapshots.selection import Found
 from stillframe.vmstate.page_index import PageIndex
@@ -39,7 +40,7 @@ class LazyMemory:
     """
 
     def __init__(
-        self, machine: Machine, found: Found, index: PageIndex, ground: Ground, state: StateFile
+        self, machine: Machine, found: Found, index: PageIndex, ground: Ground, state: OpenState
     ) -> None:
         self._machine = machine
         self._found = found
@@ -50,7 +51,7 @@ class LazyMemory:
         self._arriving = ArrivingMemory(blocks, index.offsets, state)
         self._exchanged = False
 
-    def _other_memory(self, found: Found, index: PageIndex, state: StateFile) -> NearbyMemory:
+    def _other_memory(self, found: Found, index: PageIndex, state: OpenState) -> NearbyMemory:
         rest = GuestMemory(tuple(block for block in self._machine.memory if not block.is_ram))
         every = {block.name: np.ones(block.size // PAGE_SIZE, np.bool_) for block in rest}
 
@@ -117,7 +118,7 @@ class LazyMemory:
             raise
         except BaseException as error:
             self._ground.close()
-            self._lost(error)
+            stop_without(self._machine, self._found, error, "load a snapshot, or reset the machine")
             raise
         self._machine.at_boundary(lambda: self._settle(identity))
 
@@ -141,22 +142,6 @@ class LazyMemory:
             return
         self._ground.stand_here(identity, self.index, changed)
 
-    def _lost(self, error: BaseException) -> None:
-        why = error.message if isinstance(error, StillframeError) else str(error) or type(error).__name__
-        snapshot = self._found.snapshot.name
-        self._machine.lose_memory(f"The memory of snapshot '{snapshot}' has not come as a whole: {why}")
-        self._machine.events.emit(
-            "BLOCK_IO_ERROR",
-            device="",
-            node_name=self._found.node.name,
-            operation="read",
-            action="stop",
-            nospace=False,
-            reason=why,
-        )
-        if isinstance(error, StillframeError):
-            error.left = "The guest is stopped; load a snapshot, or reset the machine"
-
     def close(self) -> None:
         """End the server, give the old memory back; pages that have not come are zeroes."""
         self._arriving.close()
@@ -170,23 +155,16 @@ class LazyMemory:
 
 def lazy_memory(machine: Machine, found: Found, ground: Ground) -> tuple[LazyMemory | None, str]:
     """For a load; else why all is to be read first."""
-    snapshot: SnapshotInfo = found.snapshot
-    place = snapshot.lineage.page_index if snapshot.lineage else None
-    if place is None:
-        return None, f"snapshot '{snapshot.name}' has no page index"
+    index, why = known_pages(found, [RamBlock(block.name, block.size) for block in machine.memory])
+    if index is None:
+        return None, why
     if not any(block.is_ram and block.size for block in machine.memory):
         return None, "there is none"
-    blocks = [RamBlock(block.name, block.size) for block in machine.memory]
-    try:
-        index = read_page_index(found.node, snapshot, place, blocks)
-    except Corrupt as error:
-        return None, f"the page index cannot be used: {error.message}"
     last = max((int(where.max()) for where in index.offsets.values() if len(where)), default=-1)
-    state = found.node.store.open_state(snapshot, max(0, last + PAGE_SIZE))
+    state = found.node.store.open_state(found.snapshot, max(0, last + PAGE_SIZE))
     if state is None:
         return None, "its file cannot be read beside the image"
-    file = StateFile(state.fd, state.cluster_bits, np.array(state.places, np.int64))
     try:
-        return LazyMemory(machine, found, index, ground, file), ""
+        return LazyMemory(machine, found, index, ground, state), ""
     except OSError as error:
         return None, f"pages cannot be fetched when they are needed ({error.strerror})"

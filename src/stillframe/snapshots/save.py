@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from functools import partial
 from uuid import UUID, uuid4
 
-from stillframe.block.node import GroupKind, GroupMember, Lineage, PageIndexPlace, SnapshotRecord
+from stillframe.block.node import (
+    GroupKind,
+    GroupMember,
+    Lineage,
+    PageIndexPlace,
+    PendingSnapshot,
+    SnapshotRecord,
+)
 from stillframe.errors import Corrupt, IOFailed, LimitReached, NotFound, Unsupported
 from stillframe.machine.frozen import FrozenMemory
 from stillframe.machine.frozen import frozen as frozen_memory
@@ -169,11 +176,14 @@ class _StateWriting:
         """The stream and its page index. :return: the index, and where it lies."""
         self._context.checkpoint()
         try:
-            base, why = self._ground.base(self._state, [content.block for content in self._content])
-            if base is not None:
-                base, why = self._shared(base)
+            base, why = shared(
+                self._pending, *self._ground.base(self._state, [content.block for content in self._content])
+            )
             changed = [self._changes.pages(block, self._memory) for block in self._blocks]
-            self._tell(base, why)
+            tracking = self._ground.tracking
+            self._context.chose("memory", self._memory.how, self._memory.why)
+            self._context.chose("changes", tracking.how, tracking.why)
+            tell_state(self._context, base, why)
             if base is not None:
                 unchanged = self._total - 1 - sum(map(len, changed)) * PAGE_SIZE
                 self._wrote(unchanged)
@@ -184,33 +194,38 @@ class _StateWriting:
             else:
                 with state_sink(self._write_at) as sink:
                     index = write_stream(sink, self._board, self._content, instant.sections, self._wrote)
-            packed = pack_page_index(index)
-            offset = self._pending.write_page_index(packed)
+            return index, write_index(self._pending, index, base)
         except (IOFailed, Corrupt, LimitReached):
             with told("Error while writing VM state"):
                 raise
-        stream = uuid4() if base is None else base.stream
-        return index, PageIndexPlace(
-            offset, len(packed), page_index_checksum(packed), stream, self._total - 1
-        )
 
-    def _shared(self, base: Base) -> tuple[Base | None, str]:
-        """The base, its clusters being shared; else why they cannot be."""
-        try:
-            self._pending.share_state(base.snapshot, base.index.parts_end)
-        except (NotFound, Unsupported) as error:
-            return None, error.message
-        return base, ""
 
-    def _tell(self, base: Base | None, why: str) -> None:
-        """How this save is done."""
-        tracking = self._ground.tracking
-        self._context.chose("memory", self._memory.how, self._memory.why)
-        self._context.chose("changes", tracking.how, tracking.why)
-        if base is None:
-            self._context.chose("state", "whole", why)
-        else:
-            self._context.chose("state", "continued", f"the machine stands on '{base.snapshot.name}'")
+def shared(pending: PendingSnapshot, base: Base | None, why: str) -> tuple[Base | None, str]:
+    """The base, its clusters being the pending snapshot's too; else why there is none, or they cannot be."""
+    if base is None:
+        return None, why
+    try:
+        pending.share_state(base.snapshot, base.index.parts_end)
+    except (NotFound, Unsupported) as error:
+        return None, error.message
+    return base, ""
+
+
+def tell_state(context: Context, base: Base | None, why: str) -> None:
+    """In the job: whether the state continues an older one. :param why: it does not."""
+    if base is None:
+        context.chose("state", "whole", why)
+    else:
+        context.chose("state", "continued", f"the machine stands on '{base.snapshot.name}'")
+
+
+def write_index(pending: PendingSnapshot, index: PageIndex, base: Base | None) -> PageIndexPlace:
+    """Behind the stream. :param base: what the stream continues. :raise IOFailed: :raise LimitReached:"""
+    packed = pack_page_index(index)
+    offset = pending.write_page_index(packed)
+    stream = uuid4() if base is None else base.stream
+    ram_size = sum(block.length for block in index.blocks)
+    return PageIndexPlace(offset, len(packed), page_index_checksum(packed), stream, ram_size)
 
 
 def commit_save(

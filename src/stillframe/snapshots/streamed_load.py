@@ -14,15 +14,13 @@ from contextlib import ExitStack, nullcontext
 from functools import partial
 from uuid import UUID
 
-import numpy as np
-
 from stillframe.block.node import GroupKind
-from stillframe.errors import Corrupt, StillframeError, Unsupported, io_failed
-from stillframe.machine.arriving import StateFile
+from stillframe.block.open_state import OpenState
+from stillframe.errors import Unsupported, io_failed
 from stillframe.machine.control import StoredState, StreamedMachine, Successor
 from stillframe.snapshots.context import AtRest, Context
-from stillframe.snapshots.ground import read_page_index
 from stillframe.snapshots.group import all_or_none
+from stillframe.snapshots.later_memory import known_pages, stop_without
 from stillframe.snapshots.load import explained, reverts
 from stillframe.snapshots.selection import Found, LoadSelection
 from stillframe.snapshots.staging import refuse_without_room
@@ -99,13 +97,9 @@ def _to_come(found: Found, stack: ExitStack) -> tuple[StoredState | None, str]:
     snapshot, store = found.snapshot, found.node.store
     source = StateSource(partial(store.read_state, snapshot), snapshot.state_size, transfer=4096)
     head = read_head(source)
-    place = snapshot.lineage.page_index if snapshot.lineage else None
-    if place is None:
-        return None, f"snapshot '{snapshot.name}' has no page index"
-    try:
-        index = read_page_index(found.node, snapshot, place, head.blocks)
-    except Corrupt as error:
-        return None, f"the page index cannot be used: {error.message}"
+    index, why = known_pages(found, head.blocks)
+    if index is None:
+        return None, why
     start = index.parts_end + _END
     length = snapshot.state_size - start
     if not 0 < length <= MAXIMUM_DEVICE_STATE:
@@ -115,14 +109,13 @@ def _to_come(found: Found, stack: ExitStack) -> tuple[StoredState | None, str]:
     if state is None:
         return StoredState(head, tail.devices, index, partial(store.read_state, snapshot), None), ""
     stack.callback(os.close, state.fd)
-    file = StateFile(state.fd, state.cluster_bits, np.array(state.places, np.int64))
-    return StoredState(head, tail.devices, index, partial(_read, file), (state.fd,)), ""
+    return StoredState(head, tail.devices, index, partial(_read, state), (state.fd,)), ""
 
 
-def _read(file: StateFile, offset: int, length: int) -> bytes:
+def _read(state: OpenState, offset: int, length: int) -> bytes:
     buffer = bytearray(length)
     try:
-        file.readinto(offset, memoryview(buffer))
+        state.readinto(offset, memoryview(buffer))
     except OSError as error:
         raise io_failed("Could not read the machine state", error) from error
     return bytes(buffer)
@@ -161,17 +154,5 @@ def _fill(machine: StreamedMachine, successor: Successor, found: Found, context:
     try:
         successor.fill(came, context.checkpoint)
     except BaseException as error:
-        why = error.message if isinstance(error, StillframeError) else str(error) or type(error).__name__
-        machine.lose_memory(f"The memory of snapshot '{found.snapshot.name}' has not come as a whole: {why}")
-        machine.events.emit(
-            "BLOCK_IO_ERROR",
-            device="",
-            node_name=found.node.name,
-            operation="read",
-            action="stop",
-            nospace=False,
-            reason=why,
-        )
-        if isinstance(error, StillframeError):
-            error.left = "The guest is stopped; load a snapshot"
+        stop_without(machine, found, error, "load a snapshot")
         raise

@@ -10,18 +10,19 @@ Before 4 every failure and every cancel leaves nothing behind, and the guest run
 
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from stillframe.block.node import PageIndexPlace, PendingSnapshot
-from stillframe.errors import Corrupt, IOFailed, LimitReached, NotFound, Unsupported
+from stillframe.errors import Corrupt, IOFailed, LimitReached
 from stillframe.machine.control import CapturedState, Quiesce, StreamedMachine
 from stillframe.snapshots.context import AtRest, Context, told
-from stillframe.snapshots.ground import Base, find_base, page_index_checksum, read_page_index
+from stillframe.snapshots.ground import Base, find_base, read_page_index
 from stillframe.snapshots.group import frozen_nodes
-from stillframe.snapshots.save import InstantTime, commit_save
+from stillframe.snapshots.save import InstantTime, commit_save, shared, tell_state, write_index
 from stillframe.snapshots.selection import SaveSelection, SnapshotNode
-from stillframe.vmstate.page_index import PageIndex, pack_page_index
+from stillframe.vmstate.page_index import PageIndex
 from stillframe.vmstate.relayed import RelayedHead, RelayedTail, read_tail, timer_ns
 from stillframe.vmstate.relaying import RelayBase, relay_memory
 from stillframe.vmstate.transfer import state_sink
@@ -81,8 +82,7 @@ def save_streamed(
             except (IOFailed, Corrupt, LimitReached):
                 with told("Error while writing VM state"):
                     raise
-        clock_ns = timer_ns(tail.devices) or 0
-        when = InstantTime(when.date_sec, when.date_nsec, clock_ns)
+        when = replace(when, vm_clock_ns=timer_ns(tail.devices) or 0)
         identity = commit_save(selection, frozen, when, context, standing, description, place)
     context.progress(total, total)
     return identity
@@ -113,14 +113,9 @@ def _write(
 ) -> tuple[PageIndexPlace, RelayedTail]:
     """The stream and its page index, into the pending snapshot."""
     head = capture.head
-    base, why = _base(state, standing, head)
-    if base is not None:
-        base, why = _shared(pending, base)
+    base, why = shared(pending, *_base(state, standing, head))
     context.chose("memory", capture.how, capture.why)
-    if base is None:
-        context.chose("state", "whole", why)
-    else:
-        context.chose("state", "continued", f"the machine stands on '{base.snapshot.name}'")
+    tell_state(context, base, why)
     done = 0
 
     def took(length: int) -> None:
@@ -139,11 +134,7 @@ def _write(
         index: PageIndex = relay_memory(source, head, sink, relayed, took)
         tail = read_tail(capture.rest(source.offset, MAXIMUM_DEVICE_STATE))
         sink.write(tail.data)
-    packed = pack_page_index(index)
-    offset = pending.write_page_index(packed)
-    stream = uuid4() if base is None else base.stream
-    ram_size = sum(block.length for block in head.blocks)
-    return PageIndexPlace(offset, len(packed), page_index_checksum(packed), stream, ram_size), tail
+    return write_index(pending, index, base), tail
 
 
 def _base(state: SnapshotNode, standing: UUID | None, head: RelayedHead) -> tuple[Base | None, str]:
@@ -154,12 +145,3 @@ def _base(state: SnapshotNode, standing: UUID | None, head: RelayedHead) -> tupl
         if state.store.read_state(base.snapshot, 0, len(beginning)) != beginning:
             return None, f"the state of '{base.snapshot.name}' was made by another machine"
     return base, why
-
-
-def _shared(pending: PendingSnapshot, base: Base) -> tuple[Base | None, str]:
-    """The base, its clusters being shared; else why they cannot be."""
-    try:
-        pending.share_state(base.snapshot, base.index.parts_end)
-    except (NotFound, Unsupported) as error:
-        return None, error.message
-    return base, ""

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from stillframe.block.node import Change, GroupMark, OpenState, SnapshotInfo
+from stillframe.block.node import Change, GroupMark, SnapshotInfo
+from stillframe.block.open_state import OpenState
 from stillframe.block.qcow2.image import Image
 from stillframe.block.qcow2.marks import identity
 from stillframe.block.qcow2.pending import Pending, freeze

@@ -9,7 +9,8 @@ Byte 0 of the area is the first that the first L1 entry behind the disk maps.
 from array import array
 
 from stillframe.block.file import FileNode
-from stillframe.block.node import OpenState, SnapshotInfo
+from stillframe.block.node import SnapshotInfo
+from stillframe.block.open_state import OpenState
 from stillframe.block.qcow2.image import Image
 from stillframe.block.qcow2.mapping import DATA, PACKED
 from stillframe.block.qcow2.snapshot_table import SnapshotEntry, check_l1_place
