@@ -134,6 +134,20 @@ def test_what_is_packed_after_a_discard_is_not_punched_away(tmp_path: Path) -> N
     assert as_raw(path)[: 20 * 65536] == b"".join(expected)
 
 
+def test_what_is_packed_beside_what_it_replaces_leaks_nothing_when_a_snapshot_is_given_up(
+    tmp_path: Path,
+) -> None:
+    path = make(tmp_path / "disk.qcow2", 65536)
+    with opened(path) as node:
+        node.write_compressed(0, content(1, 65536))
+        pending = node.snapshot_store.freeze()
+        # It goes into the same cluster, behind the one before.
+        node.write_compressed(0, content(2, 65536))
+        pending.abandon()
+        assert node.read(0, 65536) == content(2, 65536)
+    assert_clean(path)
+
+
 @pytest.mark.usefixtures("every_qemu")
 def test_qemu_overwrites_and_frees_what_we_packed(tmp_path: Path) -> None:
     for kind in KINDS:

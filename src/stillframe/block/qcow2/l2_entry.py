@@ -181,3 +181,8 @@ def packed_place(entry: int, cluster_bits: int) -> tuple[int, int]:
 def ones(mask: int) -> int:
     """How many ones a mask has at its low end."""
     return (~mask & mask + 1).bit_length() - 1
+
+
+def lead_apart(entry: int, other: int) -> bool:
+    """Whether two L2 entries point to different places; compressed data begins at any byte, so one cluster may have both."""
+    return bool((entry ^ other) & (~COPIED if (entry | other) & COMPRESSED else OFFSET_MASK))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from stillframe.block.node import Change, SnapshotInfo, SnapshotRecord
 from stillframe.block.qcow2.image import Image
+from stillframe.block.qcow2.l2_entry import lead_apart
 from stillframe.block.qcow2.layout import MAX_L1_BYTES, OFFSET_MASK
 from stillframe.block.qcow2.mapping import l1_entry
 from stillframe.block.qcow2.state_area import StateArea
@@ -265,9 +266,8 @@ class Pending:
             new = image.mapping.entries(present, 0, count) if present else (0,) * count
             dropped = [frozen >> bits]
             for before, after in zip(old, new, strict=True):
-                clusters = image.l2.counted(before)
-                if clusters and clusters != image.l2.counted(after):
-                    dropped += clusters
+                if lead_apart(before, after):
+                    dropped += image.l2.counted(before)
             image.drop(dropped)
 
     def _give_state_back(self) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stillframe.block.qcow2.image import Image
-from stillframe.block.qcow2.l2_entry import L2Format
+from stillframe.block.qcow2.l2_entry import L2Format, lead_apart
 from stillframe.block.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
 from stillframe.block.qcow2.mapping import l1_entry
 from stillframe.block.qcow2.wholly import wholly
@@ -330,7 +330,7 @@ def link(
     pending = image.pending
     dropped: list[int] = []
     for number, entry in enumerate(old if any(old) else ()):
-        replaced = _lead_apart(entry, new[number])
+        replaced = lead_apart(entry, new[number])
         # What was there at the freeze is the pending snapshot's now.
         if replaced and (pending is None or pending.is_fresh(l1_index, index + number)):
             dropped += image.l2.counted(entry)
@@ -341,11 +341,6 @@ def link(
         image.mapping.store(table, index, new)
     if dropped:
         image.drop(dropped)
-
-
-def _lead_apart(entry: int, other: int) -> bool:
-    """Whether two L2 entries point to different places; compressed data begins at any byte."""
-    return bool((entry ^ other) & (~COPIED if (entry | other) & COMPRESSED else OFFSET_MASK))
 
 
 Range = tuple[int, int]
