@@ -57,6 +57,8 @@ from stillframe.vmstate.ram import PAGE_SIZE  # noqa: E402
 
 REWOUND_PAGES = 1000
 _PATIENCE = 120.0
+_REWINDS_AT_ONCE = 500
+"""In one conversation, which may not take for ever."""
 
 
 # Beside QEMU.
@@ -267,9 +269,8 @@ def rewinds_with_guest(count: int) -> list[Row]:
         with guest(OURS, Path(directory) / "guest", image, memory, append) as machine:
             console = machine.console
 
-            async def work(client: Client) -> None:
-                await client.save("s", vmstate="root", devices=["root"])
-                for number in range(count):
+            async def work(client: Client, numbers: range) -> None:
+                for number in numbers:
                     if number in (tenth, count - 1):
                         held.append(during.resident(machine))
                     # Each rewrites half of them.
@@ -278,7 +279,9 @@ def rewinds_with_guest(count: int) -> list[Row]:
                     await client.load("s", vmstate="root", devices=["root"])
                     times.append(1000 * (time.monotonic() - begun))
 
-            machine.talk(work)
+            machine.talk(partial(Client.save, tag="s", vmstate="root", devices=["root"]))
+            for first in range(0, count, _REWINDS_AT_ONCE):
+                machine.talk(partial(work, numbers=range(first, min(first + _REWINDS_AT_ONCE, count))))
             after = console.position
             console.type("?\nnonce\n")
             console.until(r"^ok nonce=\w+\r?\n", after)

@@ -11,6 +11,7 @@ from stillframe.block.graph import BlockGraph
 from stillframe.block.qcow2.node import Qcow2Node
 from stillframe.events import EventBus
 from stillframe.snapshots.context import Unwatched
+from stillframe.snapshots.keeping import KeepingOptions
 from stillframe.snapshots.machine_snapshots import MachineSnapshots
 from stillframe.sockets import listening_unix_socket
 
@@ -54,7 +55,7 @@ def test_later_write_of_a_client_is_in_no_snapshot_without_its_earlier_one(tmp_p
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        snapshots = MachineSnapshots(machine, graph, at_rest=exports.drained)
+        snapshots = MachineSnapshots(machine, graph, KeepingOptions(), exports.drained)
         for number in range(8):
             snapshots.save(Unwatched(), f"s{number}", "first", NAMES)
     finally:

@@ -9,7 +9,7 @@ from storm import Instant, is_torn, storm
 def test_snapshots_of_a_guest_that_never_rests_are_whole_and_go_in_any_order(tmp_path: Path) -> None:
     seed = random.getrandbits(32)
     print(f"seed {seed}")
-    storm(tmp_path, random.Random(seed), 4.0, print)
+    storm(tmp_path, random.Random(seed), 14.0, print)
 
 
 def test_a_line_of_two_guests_is_told_from_a_beat_that_is_wrong() -> None:

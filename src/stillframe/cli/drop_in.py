@@ -110,7 +110,6 @@ def _run_options(wishes: Wishes) -> RunOptions:
         allow_local_users=True,
         console=wishes.console(),
         icount=wishes.icount,
-        algorithm="xxh3",
         paused=wishes.paused,
         keep_after_shutdown=wishes.keep_after_shutdown,
         engine="unicorn",

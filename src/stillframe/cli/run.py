@@ -126,6 +126,14 @@ consistent. A second one ends it at once.""",
     show_default=True,
     help="What finds changed pages where the kernel does not tell; blake3 for a guest that you have to fear.",
 )
+@click.option(
+    "--stale",
+    type=click.IntRange(0, 100),
+    default=50,
+    show_default=True,
+    metavar="PERCENT",
+    help="How much of a state may be pages that have changed since; with more, the next save is a whole one.",
+)
 @click.option("--paused", is_flag=True, help="Wait for `cont` before the first instruction.")
 @click.option("--no-shutdown", is_flag=True, help="Stay when the guest powers itself off.")
 @click.option(
@@ -162,6 +170,7 @@ def run(
     console: str | None,
     icount: int | None,
     algorithm: "HashName",
+    stale: int,
     paused: bool,
     no_shutdown: bool,
     reconnect: int,
@@ -197,6 +206,7 @@ def run(
         console=console_options,
         icount=icount,
         algorithm=algorithm,
+        stale_percent=stale,
         paused=paused,
         keep_after_shutdown=no_shutdown,
         engine=engine,

@@ -130,7 +130,7 @@ def monitor_places(
 class RunOptions:
     """Everything that was asked for, checked as far as words can be.
 
-    :param entropy: whether there is a virtio-rng device.
+    :param algorithm: :param stale_percent: see `KeepingOptions`. :param entropy: whether there is a virtio-rng device.
     :param loadvm: the snapshot to begin with.
     """
 
@@ -148,7 +148,6 @@ class RunOptions:
     allow_local_users: bool
     console: ConsoleOptions
     icount: int | None
-    algorithm: Literal["xxh3", "blake3"]
     paused: bool
     keep_after_shutdown: bool
     engine: str
@@ -157,5 +156,7 @@ class RunOptions:
     devices_as_given: tuple[str, ...]
     reconnect: int
     words: tuple[str, ...]
+    algorithm: Literal["xxh3", "blake3"] = "xxh3"
+    stale_percent: int = 50
     entropy: bool = True
     loadvm: str | None = None

@@ -95,6 +95,7 @@ async def _serve(
     from stillframe.jobs import Jobs
     from stillframe.monitor.host import Host
     from stillframe.monitor.server import MonitorServer
+    from stillframe.snapshots.keeping import KeepingOptions
 
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
@@ -126,7 +127,8 @@ async def _serve(
         console = stack.enter_context(_console(options.console, end))
         machine = _built(options, graph, console, events, home)
         stack.callback(machine.close)
-        host = Host(machine, graph, Jobs(events), events, options.algorithm)
+        keeping = KeepingOptions(options.algorithm, options.stale_percent / 100)
+        host = Host(machine, graph, Jobs(events), events, keeping)
         begun = asyncio.Event()
         server = MonitorServer(host, begun=begun)
         try:

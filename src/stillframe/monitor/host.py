@@ -9,7 +9,7 @@ from stillframe.events import EventBus
 from stillframe.jobs import Jobs
 from stillframe.machine.control import StreamedMachine
 from stillframe.machine.machine import Machine
-from stillframe.machine.tracking import HashName
+from stillframe.snapshots.keeping import KeepingOptions
 from stillframe.snapshots.machine_snapshots import MachineSnapshots
 
 
@@ -17,7 +17,7 @@ from stillframe.snapshots.machine_snapshots import MachineSnapshots
 class Host:
     """One of a process.
 
-    :param algorithm: finds changed pages where the kernel does not tell.
+    :param keeping: how states are kept.
     :ivar snapshots: the machine's; what changes them runs on its queue, as a job or inside
         `Jobs.run_internal`.
     :ivar exports: the nodes that are served to other processes.
@@ -27,14 +27,14 @@ class Host:
     graph: BlockGraph
     jobs: Jobs
     events: EventBus
-    algorithm: HashName = "xxh3"
+    keeping: KeepingOptions = field(default_factory=KeepingOptions)
     snapshots: MachineSnapshots = field(init=False)
     exports: NodeExports = field(init=False)
     _over: threading.Event = field(default_factory=threading.Event, init=False)
 
     def __post_init__(self) -> None:
         self.exports = NodeExports(self.graph, self.events)
-        self.snapshots = MachineSnapshots(self.machine, self.graph, self.algorithm, self.exports.drained)
+        self.snapshots = MachineSnapshots(self.machine, self.graph, self.keeping, self.exports.drained)
 
     @property
     def name(self) -> str | None:

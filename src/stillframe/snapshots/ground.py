@@ -27,7 +27,7 @@ from stillframe.vmstate.ram import RamBlock
 _log = logging.getLogger(__name__)
 
 STALE_AT_MOST = 0.5
-"""A stream of which more than this part is records that are no longer in force is not continued."""
+"""A stream of which more than this part is records that are no longer in force is not continued, if nothing else is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +46,20 @@ class Ground:
     """Of one machine; its methods are called by one snapshot operation at a time.
 
     :param track: makes what finds the changes in a memory, at a boundary. :raise OSError: from it, it cannot.
+    :param stale_at_most: the part of a stream that may be out of force where it is continued.
     :ivar snapshot: the UUID of the snapshot that the machine stands on; None before the first, and after a load of one that
         stillframe did not make.
     """
 
-    def __init__(self, machine: Machine, track: Callable[[GuestMemory], Tracking] = track) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        track: Callable[[GuestMemory], Tracking] = track,
+        stale_at_most: float = STALE_AT_MOST,
+    ) -> None:
         self._machine = machine
         self._track = track
+        self._stale_at_most = stale_at_most
         self._tracking: Tracking | None = None
         self._index: PageIndex | None = None
         self._cache = PageCache()
@@ -202,7 +209,7 @@ class Ground:
 
     def base(self, node: SnapshotNode, blocks: Sequence[RamBlock]) -> tuple[Base | None, str]:
         """The snapshot on `node` whose stream a save of these blocks of memory can continue; else why there is none."""
-        return find_base(node, self.snapshot, blocks, self._index_of)
+        return find_base(node, self.snapshot, blocks, self._index_of, self._stale_at_most)
 
 
 ReadIndex = Callable[[SnapshotNode, SnapshotInfo, PageIndexPlace, Sequence[RamBlock]], PageIndex]
@@ -210,9 +217,16 @@ ReadIndex = Callable[[SnapshotNode, SnapshotInfo, PageIndexPlace, Sequence[RamBl
 
 
 def find_base(
-    node: SnapshotNode, standing: UUID | None, blocks: Sequence[RamBlock], read_index: ReadIndex
+    node: SnapshotNode,
+    standing: UUID | None,
+    blocks: Sequence[RamBlock],
+    read_index: ReadIndex,
+    stale_at_most: float,
 ) -> tuple[Base | None, str]:
-    """The snapshot that a machine stands on, if its stream can be continued. :return: it, or None and why not."""
+    """The snapshot that a machine stands on, if its stream can be continued.
+
+    :param stale_at_most: the part of it that may be out of force. :return: it, or None and why not.
+    """
     if standing is None:
         return None, "the machine stands on no snapshot whose pages are known"
     parent = next((s for s in node.store.snapshots() if _identity(s) == standing), None)
@@ -227,8 +241,9 @@ def find_base(
         index = read_index(node, parent, place, blocks)
     except StillframeError as error:
         return None, f"the page index of snapshot '{parent.name}' cannot be used: {error.message}"
-    if index.record_bytes - index.live_bytes > STALE_AT_MOST * index.record_bytes:
-        return None, f"more than half of the records in the state of '{parent.name}' are out of force"
+    if index.record_bytes - index.live_bytes > stale_at_most * index.record_bytes:
+        part = f"{100 * stale_at_most:g} %"
+        return None, f"more than {part} of the records in the state of '{parent.name}' are out of force"
     return Base(parent, index, place.stream), ""
 
 

@@ -17,11 +17,10 @@ from stillframe.errors import NotFound
 from stillframe.jobs import JobQueue
 from stillframe.machine.control import Quiesce, StreamedMachine
 from stillframe.machine.machine import Machine
-from stillframe.machine.tracking import HashName
 from stillframe.snapshots import all_nodes, internal, recovery, selection
 from stillframe.snapshots.context import AtRest, Context, told
 from stillframe.snapshots.delete import delete
-from stillframe.snapshots.keeping import keeping
+from stillframe.snapshots.keeping import KeepingOptions, keeping
 from stillframe.snapshots.selection import Found, LoadSelection, SaveSelection, SnapshotNode
 
 _log = logging.getLogger(__name__)
@@ -30,7 +29,7 @@ _log = logging.getLogger(__name__)
 class MachineSnapshots:
     """Every method may block and is called from a data-plane thread.
 
-    :param algorithm: finds changed pages where the kernel does not tell. :param at_rest: held for each instant.
+    :param options: how states are kept. :param at_rest: held for each instant.
     :ivar queue: the turns of the jobs that call these methods.
     :ivar keeping: how the machine's state is saved and loaded.
     """
@@ -39,13 +38,13 @@ class MachineSnapshots:
         self,
         machine: Machine | StreamedMachine,
         graph: BlockGraph,
-        algorithm: HashName = "xxh3",
+        options: KeepingOptions,
         at_rest: AtRest = nullcontext,
     ) -> None:
         self._machine = machine
         self._graph = graph
         self.queue = JobQueue()
-        self.keeping = keeping(machine, algorithm, at_rest)
+        self.keeping = keeping(machine, options, at_rest)
         self._at_rest = at_rest
         self._recovering = threading.Lock()
         self._told: set[str] = set()

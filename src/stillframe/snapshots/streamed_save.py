@@ -18,7 +18,7 @@ from stillframe.block.node import PageIndexPlace, PendingSnapshot
 from stillframe.errors import Corrupt, IOFailed, LimitReached
 from stillframe.machine.control import CapturedState, Quiesce, StreamedMachine
 from stillframe.snapshots.context import AtRest, Context, told
-from stillframe.snapshots.ground import Base, find_base, read_page_index
+from stillframe.snapshots.ground import STALE_AT_MOST, Base, find_base, read_page_index
 from stillframe.snapshots.group import frozen_nodes
 from stillframe.snapshots.save import InstantTime, commit_save, shared, tell_state, write_index
 from stillframe.snapshots.selection import SaveSelection, SnapshotNode
@@ -40,11 +40,13 @@ def save_streamed(
     at_rest: AtRest = nullcontext,
     description: str = "",
     quiesce: Quiesce | None = None,
+    stale_at_most: float = STALE_AT_MOST,
 ) -> UUID:
     """Make the snapshot; the guest goes on as it did, whatever comes of it.
 
     :param standing: the snapshot that the machine was last saved to or loaded from.
     :param at_rest: held for the instant. :param quiesce: the guest's file systems stand still for it.
+    :param stale_at_most: the part of a stream that may be out of force where it is continued.
     :return: the UUID of the state node's snapshot.
     :raise Refused: nothing was touched. :raise Cancelled: :raise Failed: nothing is left behind.
     """
@@ -78,7 +80,11 @@ def save_streamed(
                 )
             pending = frozen.pending(selection.state.name)
             try:
-                place, tail = _write(capture, selection.state, pending, standing, context, total)
+                base, why = _base(selection.state, standing, capture.head, stale_at_most)
+                base, why = shared(pending, base, why)
+                context.chose("memory", capture.how, capture.why)
+                tell_state(context, base, why)
+                place, tail = _write(capture, selection.state, pending, base, context, total)
             except (IOFailed, Corrupt, LimitReached):
                 with told("Error while writing VM state"):
                     raise
@@ -107,15 +113,11 @@ def _write(
     capture: CapturedState,
     state: SnapshotNode,
     pending: PendingSnapshot,
-    standing: UUID | None,
+    base: Base | None,
     context: Context,
     total: int,
 ) -> tuple[PageIndexPlace, RelayedTail]:
-    """The stream and its page index, into the pending snapshot."""
-    head = capture.head
-    base, why = shared(pending, *_base(state, standing, head))
-    context.chose("memory", capture.how, capture.why)
-    tell_state(context, base, why)
+    """The stream and its page index, into the pending snapshot, behind what it shares with the base."""
     done = 0
 
     def took(length: int) -> None:
@@ -131,15 +133,17 @@ def _write(
         start = base.index.parts_end
         relayed = RelayBase(base.index, partial(state.store.read_state, base.snapshot))
     with state_sink(pending.write_state, start) as sink:
-        index: PageIndex = relay_memory(source, head, sink, relayed, took)
+        index: PageIndex = relay_memory(source, capture.head, sink, relayed, took)
         tail = read_tail(capture.rest(source.offset, MAXIMUM_DEVICE_STATE))
         sink.write(tail.data)
     return write_index(pending, index, base), tail
 
 
-def _base(state: SnapshotNode, standing: UUID | None, head: RelayedHead) -> tuple[Base | None, str]:
+def _base(
+    state: SnapshotNode, standing: UUID | None, head: RelayedHead, stale_at_most: float
+) -> tuple[Base | None, str]:
     """The snapshot whose stream this one can continue, whose beginning must be ours, byte for byte; else why there is none."""
-    base, why = find_base(state, standing, head.blocks, read_page_index)
+    base, why = find_base(state, standing, head.blocks, read_page_index, stale_at_most)
     if base is not None:
         beginning = head.head + head.ram_start
         if state.store.read_state(base.snapshot, 0, len(beginning)) != beginning:
