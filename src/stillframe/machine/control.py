@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -178,12 +178,14 @@ class StreamedMachine(MachineControl, Protocol):
         at_instant: Callable[[], None],
         refuse_if_cancelled: Callable[[], None] = lambda: None,
         quiesce: Quiesce | None = None,
+        others_at_rest: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> AbstractContextManager[CapturedState]:
         """The state of one instant; the guest goes on before the block begins.
 
         :param at_instant: called in the pause, with no request in flight.
         :param refuse_if_cancelled: called while much is to be done before the pause; raises to end it, and never waits.
         :param quiesce: freeze the guest's file systems for it, which are thawed whatever comes. :raise Refused: they cannot be.
+        :param others_at_rest: a block that `at_instant` is called in, begun just before the pause and ended right after the call.
         :raise Failed: there is none to be had; the guest goes on.
         """
         ...

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -23,8 +23,7 @@ from stillframe.errors import CommandNotFound, Failed, PeerError, Refused, Still
 from stillframe.events import Event, EventBus
 from stillframe.machine.control import Quiesce, Successor
 from stillframe.machine.engines.qemu.adopt import active_table, end_migration
-from stillframe.machine.engines.qemu.agent import GuestAgent, thaw, wake
-from stillframe.machine.engines.qemu.capture import Capture, Capturing, MigrationStatus, Pause
+from stillframe.machine.engines.qemu.capture import Capture, Capturing, Instant, MigrationStatus, Pause
 from stillframe.machine.engines.qemu.command_line import QemuConfig, command_line, drive_of
 from stillframe.machine.engines.qemu.console import SerialRelay
 from stillframe.machine.engines.qemu.disks import DiskExports
@@ -33,6 +32,7 @@ from stillframe.machine.engines.qemu.home import LoadNote, ProcessNote, open_pro
 from stillframe.machine.engines.qemu.monitor import asked, let_run
 from stillframe.machine.engines.qemu.outside import refuse_outside_state
 from stillframe.machine.engines.qemu.process import QemuProcess, socket_words
+from stillframe.machine.engines.qemu.quiescing import Quiescing
 from stillframe.machine.engines.qemu.running import Running, Started, started_at
 from stillframe.machine.engines.qemu.successor import QemuSuccessor
 from stillframe.machine.machine import Disk, Shutdown
@@ -75,7 +75,7 @@ class QemuMachine:
         self._quiet = 0
         self._stops_itself = False
         self._stop_asked = False
-        self._wake_due = False
+        self._quiescing = Quiescing(self._agent_port, self.runs, has_port=config.agent)
         self._number = 0
         self._state = RunState.PRELAUNCH
         self._memory_lost: str | None = None
@@ -306,7 +306,7 @@ class QemuMachine:
             except PeerError as error:
                 raise asked(error) from error
             self._stop_asked = False
-        self._wake_if_due()
+        self._quiescing.wake_if_due()
 
     def reset(self) -> None:
         """Press the reset button."""
@@ -400,7 +400,7 @@ class QemuMachine:
         finally:
             if ran:
                 self.events.emit("RESUME")
-                self._wake_if_due()
+                self._quiescing.wake_if_due()
 
     @contextmanager
     def captured(
@@ -408,6 +408,7 @@ class QemuMachine:
         at_instant: Callable[[], None],
         refuse_if_cancelled: Callable[[], None] = lambda: None,
         quiesce: Quiesce | None = None,
+        others_at_rest: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> Iterator[Capture]:
         """See `control.StreamedMachine`."""
 
@@ -420,67 +421,14 @@ class QemuMachine:
             # Memory that is sent before the pause has QEMU stop the guest by itself.
             self._home.note(runs=True)
         capturing = Capturing(process.monitor, process.directory, self._status, self, self._config.words)
-        quiesced = partial(self._quiesced, quiesce)
-        with capturing.captured(with_disks_at_rest, refuse_if_cancelled, quiesced) as capture:
+        quiesced = partial(self._quiescing.quiesced, quiesce)
+        instant = Instant(with_disks_at_rest, others_at_rest)
+        with capturing.captured(instant, refuse_if_cancelled, quiesced) as capture:
             yield capture
 
-    @contextmanager
-    def _quiesced(self, asked: Quiesce | None) -> Iterator[str]:
-        """The guest's file systems are frozen in the block, or why they are not."""
-        why = "" if asked is None else self._freeze()
-        if why and asked is Quiesce.REQUIRED:
-            raise Refused(
-                f"The guest's file systems cannot be frozen: {why}",
-                remedy="Run QEMU's guest agent in the guest and the machine with --agent, or save with `--quiesce try`.",
-            )
-        try:
-            yield why
-        finally:
-            if asked is not None and not why:
-                self._thaw()
-
-    @property
-    def _agent_path(self) -> Path:
-        return self._qemu.directory / "agent"
-
-    def _freeze(self) -> str:
-        """Why it could not be done; empty if it is."""
-        if not self._config.agent:
-            return "the machine has no port for a guest agent"
-        if not self.runs():
-            return "the guest is paused, and so is its agent"
-        try:
-            agent = GuestAgent(self._agent_path)
-        except PeerError as error:
-            return str(error)
-        with contextlib.closing(agent):
-            try:
-                agent.freeze()
-            except PeerError as error:
-                why = str(error)
-            else:
-                return ""
-        self._thaw()
-        return why
-
-    def _thaw(self) -> None:
-        """:raise PeerError: the agent did not say that it has; it is asked again when the guest runs next."""
-        if self._qemu.monitor.ended:
-            return
-        try:
-            thaw(self._agent_path, self.runs)
-        except PeerError as error:
-            self._wake_due = True
-            raise PeerError(
-                f"The guest's file systems may still be frozen: {error}",
-                left="Nothing was saved; the guest's agent is asked again at the next `cont`",
-            ) from error
-
-    def _wake_if_due(self) -> None:
-        """The guest runs, after a load or after a thaw that failed: its agent is spoken with beside all else."""
-        if self._wake_due and self._config.agent:
-            self._wake_due = False
-            threading.Thread(target=wake, args=(self._agent_path,), name="guest-agent", daemon=True).start()
+    def _agent_port(self) -> Path | None:
+        process = self._qemu
+        return None if process.monitor.ended else process.directory / "agent"
 
     def refuse_outside_state(self) -> None:
         """See `control.StreamedMachine`."""
@@ -522,7 +470,7 @@ class QemuMachine:
         # Nothing may fail from here on: the images would go back.
         former, self._process, self._status = self._qemu, process, successor.status
         self._memory_lost = None
-        self._wake_due = True
+        self._quiescing.loaded()
         with contextlib.suppress(PeerError):
             self._attach_serial(process)
         display = addresses(former.monitor)
