@@ -24,8 +24,8 @@ from stillframe.snapshots.context import AtRest, Context
 from stillframe.snapshots.ground import read_page_index
 from stillframe.snapshots.group import all_or_none
 from stillframe.snapshots.load import explained, reverts
+from stillframe.snapshots.room import refuse_without_room
 from stillframe.snapshots.selection import Found, LoadSelection
-from stillframe.snapshots.staging import refuse_without_room
 from stillframe.snapshots.streamed_save import MAXIMUM_DEVICE_STATE, tell_left_out
 from stillframe.vmstate import layout
 from stillframe.vmstate.relayed import read_head, read_tail
