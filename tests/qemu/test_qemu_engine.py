@@ -187,7 +187,7 @@ def test_schema_tells_of_our_commands_as_they_are_here_and_of_qemus_as_it_has_th
     def arguments(command: str) -> set[str]:
         return {each["name"] for each in schema[schema[command]["arg-type"]]["members"]}
 
-    assert {"eager", "speed", "tag"} <= arguments("snapshot-load")
+    assert {"eager", "replace", "speed", "tag"} <= arguments("snapshot-load")
     assert {"command-line", "cpu-index"} == arguments("human-monitor-command")
     assert "driver" in arguments("device_add")
     commands = {each["name"] for each in entries if each["meta-type"] == "command"}

@@ -194,10 +194,16 @@ class StreamedMachine(MachineControl, Protocol):
         """Somebody to take this machine's place, ended with the block if it has not."""
         ...
 
-    def standing_still(self, decides: Node) -> AbstractContextManager[None]:
+    def refuse_unlike(self, head: RelayedHead) -> None:
+        """As far as it can be seen from a stream's beginning. :raise StateMismatch: the state is of another machine."""
+        ...
+
+    def standing_still(self, decides: Node, *, gone: str | None = None) -> AbstractContextManager[None]:
         """The guest waits inside the block, and whoever is the machine by then runs after it, if it ran before.
 
         :param decides: the node whose switch inside the block is the commit: whoever takes over after our death looks there.
+        :param gone: end the guest at the block's beginning, which gives its memory and all else that it holds to a successor.
+            Where none has become the machine at the end, nothing can be done with it but a load, and this says why. None: it stays.
         """
         ...
 
@@ -210,5 +216,5 @@ class StreamedMachine(MachineControl, Protocol):
         ...
 
     def refuse_without_memory(self) -> None:
-        """:raise Refused: `lose_memory` was called, and no load since."""
+        """:raise Refused: the guest is gone, or `lose_memory` was called; and no load since."""
         ...

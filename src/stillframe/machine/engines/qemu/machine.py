@@ -14,6 +14,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +28,7 @@ from stillframe.machine.engines.qemu.capture import Capture, Capturing, Instant,
 from stillframe.machine.engines.qemu.command_line import QemuConfig, command_line, drive_of
 from stillframe.machine.engines.qemu.console import SerialRelay
 from stillframe.machine.engines.qemu.disks import DiskExports
-from stillframe.machine.engines.qemu.display import addresses, move
+from stillframe.machine.engines.qemu.display import Addresses, addresses, move
 from stillframe.machine.engines.qemu.home import LoadNote, ProcessNote, open_process
 from stillframe.machine.engines.qemu.monitor import asked, let_run
 from stillframe.machine.engines.qemu.outside import refuse_outside_state
@@ -35,9 +36,11 @@ from stillframe.machine.engines.qemu.process import QemuProcess, socket_words
 from stillframe.machine.engines.qemu.quiescing import Quiescing
 from stillframe.machine.engines.qemu.running import Running, Started, started_at
 from stillframe.machine.engines.qemu.successor import QemuSuccessor
+from stillframe.machine.engines.qemu.unlike import refuse_unlike
 from stillframe.machine.machine import Disk, Shutdown
 from stillframe.machine.run_state import RunState
 from stillframe.sockets import connected_unix_socket
+from stillframe.vmstate.relayed import RelayedHead
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +57,14 @@ _OTHER_STATES: Final = {
     "finish-migrate": RunState.SAVE_VM,
     "inmigrate": RunState.RESTORE_VM,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class LeftBehind:
+    """What a QEMU had that was ended before there was another. :param ran: its guest did. :param display: where its display was."""
+
+    ran: bool
+    display: Addresses
 
 
 class QemuMachine:
@@ -79,6 +90,7 @@ class QemuMachine:
         self._number = 0
         self._state = RunState.PRELAUNCH
         self._memory_lost: str | None = None
+        self._left_behind: LeftBehind | None = None
         self._told: Shutdown | None = None
         self._shutdown: Shutdown | None = None
         self._begun = threading.Event()
@@ -130,7 +142,7 @@ class QemuMachine:
     def run_state(self) -> RunState:
         """What it is doing now; what it did last where QEMU does not answer soon."""
         if self._memory_lost is not None:
-            return RunState.IO_ERROR
+            return RunState.IO_ERROR if self._left_behind is None else RunState.INTERNAL_ERROR
         if self._quiet == 0 and self._process is not None:
             with contextlib.suppress(PeerError):
                 self._state = self._query_state(_STATUS_SECONDS)
@@ -216,7 +228,7 @@ class QemuMachine:
 
         def ended() -> None:
             status.end()
-            if process is not None and process is self._process:
+            if process is not None and process is self._process and self._left_behind is None:
                 self._has_ended(process)
 
         process = QemuProcess(running, self._home.path / str(number), hear, ended)
@@ -318,6 +330,8 @@ class QemuMachine:
         self._ask("system_powerdown")
 
     def _ask(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        if self._left_behind is not None:
+            self.refuse_without_memory()
         try:
             return self._qemu.monitor.execute(command, arguments)
         except PeerError as error:
@@ -351,13 +365,14 @@ class QemuMachine:
         with self._control:
             self._quiet += 1
             try:
-                pause = Pause(ran=self._query_state(_QUIT_SECONDS) is RunState.RUNNING)
+                gone = self._left_behind
+                pause = Pause(ran=self.runs() if gone is None else gone.ran)
                 if pause.ran:
                     self._home.note(runs=True)
                 try:
                     if stop is not None:
                         stop()
-                    elif pause.ran:
+                    elif pause.ran and gone is None:
                         self._qemu.monitor.execute("stop")
                     yield pause
                 finally:
@@ -387,20 +402,31 @@ class QemuMachine:
             self._stops_itself = False
 
     @contextmanager
-    def standing_still(self, decides: Node) -> Iterator[None]:
+    def standing_still(self, decides: Node, *, gone: str | None = None) -> Iterator[None]:
         """See `control.StreamedMachine`. Clients hear of it, as of a load of QEMU's."""
         ran = False
         try:
             with self.paused() as pause:
                 ran = pause.ran
                 self._home.note(load=LoadNote(decides.node_name, active_table(decides)))
-                if ran:
+                if ran and self._left_behind is None:
                     self.events.emit("STOP")
+                if gone is not None:
+                    self._leave(gone, ran=ran)
                 yield
         finally:
-            if ran:
+            if ran and self._left_behind is None:
                 self.events.emit("RESUME")
                 self._quiescing.wake_if_due()
+
+    def _leave(self, why: str, *, ran: bool) -> None:
+        """End QEMU before there is another. :param ran: whether its guest did."""
+        process = self._qemu
+        self._memory_lost = why
+        if self._left_behind is None:
+            # Set first: an end that we bring about is not the machine's.
+            self._left_behind = LeftBehind(ran, addresses(process.monitor))
+        process.kill()
 
     @contextmanager
     def captured(
@@ -430,6 +456,11 @@ class QemuMachine:
         process = self._qemu
         return None if process.monitor.ended else process.directory / "agent"
 
+    def refuse_unlike(self, head: RelayedHead) -> None:
+        """See `control.StreamedMachine`."""
+        if self._left_behind is None:
+            refuse_unlike(self._qemu.monitor, head)
+
     def refuse_outside_state(self) -> None:
         """See `control.StreamedMachine`."""
         refuse_outside_state(self._qemu.monitor)
@@ -440,7 +471,12 @@ class QemuMachine:
         status = MigrationStatus()
         running, number = self._spawn(incoming=True)
         try:
-            self._home.note(successor=ProcessNote(number, running.pid, started_at(running.pid)), load=None)
+            note = ProcessNote(number, running.pid, started_at(running.pid))
+            if self._left_behind is None:
+                self._home.note(successor=note, load=None)
+            else:
+                # What its commit will be is noted already.
+                self._home.note(successor=note)
             process = self._connected(running, number, status)
         except BaseException:
             running.kill()
@@ -473,7 +509,8 @@ class QemuMachine:
         self._quiescing.loaded()
         with contextlib.suppress(PeerError):
             self._attach_serial(process)
-        display = addresses(former.monitor)
+        display = addresses(former.monitor) if self._left_behind is None else self._left_behind.display
+        self._left_behind = None
         # It is waited for when the guest runs; but its display's address is free only then.
         self._former = former
         if display:
