@@ -11,7 +11,7 @@ import pytest
 
 from peers import peer
 from qemu.killed import SmallMachine, qemus_of
-from qemu_guests import BEAT, check_image, versions
+from qemu_guests import BEAT, check_image, starting_while, versions
 from running import STILLFRAME, stillframe
 from stillframe.errors import StillframeError
 
@@ -162,12 +162,3 @@ def damage(image: Path) -> None:
             file.write(b"\x68")
             found += 1
     assert found
-
-
-def starting_while(there: Path, program: str) -> str:
-    """A program that is `program` as long as that file is there, and refuses afterwards."""
-    script = there.with_name("program")
-    refusal = f"[ -e {shlex.quote(str(there))} ] || {{ echo 'no, not again' >&2; exit 1; }}"
-    script.write_text(f'#!/bin/sh\n{refusal}\nexec {shlex.quote(program)} "$@"\n')
-    script.chmod(0o755)
-    return str(script)

@@ -24,10 +24,11 @@ from stillframe.errors import CommandNotFound, Failed, PeerError, Refused, Still
 from stillframe.events import Event, EventBus
 from stillframe.machine.control import Quiesce, Successor
 from stillframe.machine.engines.qemu.adopt import active_table, end_migration
+from stillframe.machine.engines.qemu.beside import beside, does_not_start, give_sockets_up
 from stillframe.machine.engines.qemu.capture import Capture, Capturing, Instant, MigrationStatus, Pause
-from stillframe.machine.engines.qemu.command_line import QemuConfig, command_line, drive_of
+from stillframe.machine.engines.qemu.command_line import QemuConfig, command_line
 from stillframe.machine.engines.qemu.console import SerialRelay
-from stillframe.machine.engines.qemu.disks import DiskExports
+from stillframe.machine.engines.qemu.disks import DiskExports, disks_of
 from stillframe.machine.engines.qemu.display import Addresses, addresses, move
 from stillframe.machine.engines.qemu.home import LoadNote, ProcessNote, open_process
 from stillframe.machine.engines.qemu.monitor import asked, let_run
@@ -125,18 +126,7 @@ class QemuMachine:
     @property
     def disks(self) -> tuple[Disk, ...]:
         """The guest's devices with a node of ours behind them, as QEMU names them; flash first."""
-        nodes = {node.node_name: node for node in self._config.nodes}
-        found = [
-            Disk(f"pflash{n}", name, True, not nodes[name].read_only)
-            for n, name in enumerate(self._config.flash)
-        ]
-        for number, device in enumerate(self._config.devices):
-            name = drive_of(device)
-            if name in nodes:
-                words = dict(pair.partition("=")[::2] for pair in device.split(",")[1:])
-                device_id = words.get("id", f"/machine/peripheral-anon/device[{number}]")
-                found.append(Disk(device_id, nodes[name].node_name, False, not nodes[name].read_only))
-        return tuple(found)
+        return disks_of(self._config)
 
     @property
     def run_state(self) -> RunState:
@@ -468,7 +458,27 @@ class QemuMachine:
     @contextmanager
     def successor(self) -> Iterator[QemuSuccessor]:
         """See `control.StreamedMachine`."""
+        former = self._qemu if self._left_behind is None else None
         status = MigrationStatus()
+        process = None
+        with beside(former, lambda: former is self._process):
+            try:
+                process = self._begin_successor(status)
+                with contextlib.closing(QemuSuccessor(process, status)) as found:
+                    yield found
+            finally:
+                gone = self._former if process is self._process else process
+                self._former = None
+                if gone is not None:
+                    gone.kill()
+                    gone.remove_files()
+                if process is not self._process:
+                    self._home.try_to_note(successor=None, load=None)
+                elif self._memory_lost is None:
+                    self._home.try_to_note(filling=False)
+
+    def _begin_successor(self, status: MigrationStatus) -> QemuProcess:
+        """:raise Refused: it does not start, in its words."""
         running, number = self._spawn(incoming=True)
         try:
             note = ProcessNote(number, running.pid, started_at(running.pid))
@@ -477,24 +487,12 @@ class QemuMachine:
             else:
                 # What its commit will be is noted already.
                 self._home.note(successor=note)
-            process = self._connected(running, number, status)
-        except BaseException:
+            return self._connected(running, number, status)
+        except BaseException as error:
             running.kill()
+            if isinstance(error, Refused) and self._left_behind is None:
+                raise does_not_start(error) from error
             raise
-        found = QemuSuccessor(process, status)
-        try:
-            yield found
-        finally:
-            found.close()
-            gone = self._former if process is self._process else process
-            self._former = None
-            if gone is not None:
-                gone.kill()
-                gone.remove_files()
-            if process is not self._process:
-                self._home.try_to_note(successor=None, load=None)
-            elif self._memory_lost is None:
-                self._home.try_to_note(filling=False)
 
     def become(self, successor: Successor) -> None:
         """See `control.StreamedMachine`."""
@@ -511,6 +509,7 @@ class QemuMachine:
             self._attach_serial(process)
         display = addresses(former.monitor) if self._left_behind is None else self._left_behind.display
         self._left_behind = None
+        give_sockets_up(former.pid)
         # It is waited for when the guest runs; but its display's address is free only then.
         self._former = former
         if display:
