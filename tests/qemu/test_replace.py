@@ -152,6 +152,36 @@ def test_snapshot_of_another_machine_or_that_cannot_be_read_replaces_nobody(
         machine.quit()
 
 
+@every_version
+def test_snapshot_of_a_disk_of_another_size_is_refused_before_anything_is_touched(
+    version: str, tmp_path: Path, runtime: Path
+) -> None:
+    def resize(size: str) -> None:
+        words = ["resize", "-q", "--shrink", str(tmp_path / "m/root.qcow2"), size]
+        subprocess.run([peer("qemu-img"), *words], check=True)
+
+    with SmallMachine(tmp_path / "m", version) as machine:
+        machine.beat()
+        machine.save("smaller")
+        machine.quit()
+    resize("96M")
+    with SmallMachine(tmp_path / "m", version) as machine:
+        before = machine.beat()
+        for replace in (False, True):
+            with pytest.raises(
+                StillframeError, match="has 100663296 bytes, and had 67108864 in snapshot 'smaller'"
+            ):
+                machine.job("snapshot-load", "smaller", replace=replace)
+        assert machine.beat() > before
+        machine.quit()
+    check_image(machine.image, in_use=True)
+    resize("64M")
+    with SmallMachine(tmp_path / "m", version) as machine:
+        machine.load("smaller")
+        machine.beat()
+        machine.quit()
+
+
 def damage(image: Path) -> None:
     """Each record of one page of the guest's has a flag that no record has."""
     record, data = bytes.fromhex("0000000001001028"), image.read_bytes()
