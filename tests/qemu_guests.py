@@ -75,6 +75,16 @@ def without_userfaultfd(directory: Path, program: str) -> str:
     return str(script)
 
 
+def starting_while(there: Path, program: str) -> str:
+    """A script that runs `program`, with the words in the file `there` behind its own, as long as there is that file."""
+    script = there.with_name("starting-while")
+    file = shlex.quote(str(there))
+    refusal = f"[ -e {file} ] || {{ echo 'no, not again' >&2; exit 1; }}"
+    script.write_text(f'#!/bin/sh\n{refusal}\nexec {shlex.quote(program)} "$@" $(cat {file})\n')
+    script.chmod(0o755)
+    return str(script)
+
+
 @dataclass(frozen=True, slots=True)
 class Board:
     """What differs between the guests' architectures."""

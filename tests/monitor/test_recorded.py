@@ -152,7 +152,7 @@ THEIRS_ALONE = {
 OURS_ALONE = {
     "query-jobs": {"choices"},
     "snapshot-save": {"quiesce", "speed"},
-    "snapshot-load": {"eager", "speed"},
+    "snapshot-load": {"eager", "replace", "speed"},
 }
 """Optional members of ours, by where they are; each is a named difference."""
 

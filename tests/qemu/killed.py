@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -17,11 +17,20 @@ from qemu_guests import MACHINE, QemuGuest, disk, image_in
 class SmallMachine(QemuGuest):
     """A guest without a use for its disk, which is up in a quarter of a second and checks its memory.
 
-    :param dying: WHO and N, as dying.py takes them; None: nobody is killed.
+    :param dying: WHO and N, as dying.py takes them; None: nobody is killed. :param words: further ones of QEMU's.
+    :param program: instead of that version's.
     """
 
     def __init__(
-        self, directory: Path, version: str, *more: str, dying: tuple[str, int] | None = None
+        self,
+        directory: Path,
+        version: str,
+        *more: str,
+        dying: tuple[str, int] | None = None,
+        words: Sequence[str] = (),
+        program: str | None = None,
+        machine: str = MACHINE,
+        memory: str = "64M",
     ) -> None:
         self.image = image_in(directory)
         self.died = directory / "died"
@@ -29,11 +38,12 @@ class SmallMachine(QemuGuest):
         if dying is not None:
             script = Path(__file__).with_name("dying.py")
             self.program = (sys.executable, str(script), dying[0], str(dying[1]), str(self.died))
-        words = ["--engine", "qemu", "--qemu", peer("qemu-system-x86_64", version), "--machine", MACHINE]
-        words += ["--memory", "64M", "--kernel", str(small_guest()), "--append", "mb=16"]
-        words += [*disk(self.image), "--device", "virtio-blk-pci,drive=root", *more]
-        words += ["--", "-cpu", "qemu64", "-nodefaults", "-no-user-config"]
-        super().__init__(directory / "machine", *words)
+        program = program or peer("qemu-system-x86_64", version)
+        ours = ["--engine", "qemu", "--qemu", program, "--machine", machine, "--memory", memory]
+        ours += ["--kernel", str(small_guest()), "--append", "mb=16"]
+        ours += [*disk(self.image), "--device", "virtio-blk-pci,drive=root", *more]
+        ours += ["--", "-cpu", "qemu64", "-nodefaults", "-no-user-config", *words]
+        super().__init__(directory / "machine", *ours)
 
 
 @cache

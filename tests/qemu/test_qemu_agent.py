@@ -128,7 +128,9 @@ def test_file_systems_are_thawed_where_the_save_fails_in_its_pause(version: str,
             raise StillframeError("the disk is gone")
 
         def state() -> str:
-            with agent_at(machine._agent_path) as agent:
+            port = machine._agent_port()
+            assert port is not None
+            with agent_at(port) as agent:
                 return str(agent.execute("guest-fsfreeze-status", 30.0))
 
         deadline = time.monotonic() + 60

@@ -4,6 +4,7 @@ One guest a version is booted and serves all tests of that version: each leaves 
 """
 
 import asyncio
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from guest.consoles import GuestProcess
 from qemu_guests import BEAT, VERSIONS, GuestMachine, check_image, create, qemu_words, versions
+from running import stillframe
 from stillframe.client import Client, connect
 from stillframe.errors import StillframeError
 
@@ -173,3 +175,34 @@ def test_monitor_passes_on_what_is_qemus_and_hides_what_is_ours(machine: GuestMa
     assert machine.execute("human-monitor-command", command_line="log none") == ""
     machine.save("one")
     assert "one" in machine.execute("human-monitor-command", command_line="info snapshots")
+
+
+def test_schema_tells_of_our_commands_as_they_are_here_and_of_qemus_as_it_has_them(
+    machine: GuestMachine,
+) -> None:
+    entries = machine.execute("query-qmp-schema")
+    schema = {each["name"]: each for each in entries}
+    assert len(schema) == len(entries)
+
+    def arguments(command: str) -> set[str]:
+        return {each["name"] for each in schema[schema[command]["arg-type"]]["members"]}
+
+    assert {"eager", "replace", "speed", "tag"} <= arguments("snapshot-load")
+    assert {"command-line", "cpu-index"} == arguments("human-monitor-command")
+    assert "driver" in arguments("device_add")
+    commands = {each["name"] for each in entries if each["meta-type"] == "command"}
+    assert commands == {each["name"] for each in machine.execute("query-commands")}
+    for entry in entries:
+        used = [entry[role] for role in ("arg-type", "ret-type", "element-type") if role in entry]
+        used += [member["type"] for member in entry.get("members", ()) if "type" in member]
+        used += [case["type"] for case in entry.get("variants", ())]
+        assert set(used) <= set(schema), entry
+
+
+def test_options_of_the_command_line_reach_a_qemus_machine(machine: GuestMachine) -> None:
+    at = ["--qmp", f"unix:{machine.qmp}"]
+    stillframe("save", *at, "one", "--speed", "1G", check=True)
+    done = stillframe("load", *at, "one", "--eager", "--json", check=True)
+    assert ("eager", "it was asked for") in [
+        (each["chosen"], each["why"]) for each in json.loads(done.stdout)["job"]["choices"]
+    ]

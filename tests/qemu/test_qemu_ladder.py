@@ -7,6 +7,7 @@ snapshots.
 import asyncio
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,29 @@ def test_guest_that_a_client_stops_while_memory_is_sent_stays_stopped(
     assert within.run_state.value == "paused"
     within.cont()
     assert within.runs()
+
+
+def test_clients_of_a_disk_go_on_while_memory_is_sent_and_wait_for_the_instant_alone(
+    within: QemuMachine, slowly: pytest.MonkeyPatch
+) -> None:
+    slowly.setattr(capture_module, "_PASSES", 1)
+    held, seen = False, []
+
+    @contextmanager
+    def at_rest() -> Iterator[None]:
+        nonlocal held
+        held = True
+        yield
+        held = False
+
+    with within.captured(
+        lambda: seen.append(("instant", held)),
+        refuse_if_cancelled=lambda: seen.append(("sending", held)),
+        others_at_rest=at_rest,
+    ) as found:
+        seen.append(("written", held))
+        assert found.how == "precopy"
+    assert set(seen) == {("sending", False), ("instant", True), ("written", False)}
 
 
 def test_cancel_while_memory_is_sent_lets_the_guest_run_on(

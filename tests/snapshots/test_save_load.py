@@ -2,7 +2,9 @@
 fails."""
 
 import re
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from block.faults import ForwardingNode
+from peers import peer
 from snapshots.hosts import (
     DISK,
     Register,
@@ -27,9 +30,20 @@ from snapshots.hosts import (
     qemu_img_check,
 )
 from stillframe.block.node import Node, SnapshotRecord
-from stillframe.errors import Cancelled, IOFailed, Refused, StateMismatch, StillframeError, StreamCorrupt
+from stillframe.errors import (
+    Cancelled,
+    IOFailed,
+    Refused,
+    StateMismatch,
+    StillframeError,
+    StreamCorrupt,
+    Unsupported,
+)
 from stillframe.machine.machine import Machine
 from stillframe.machine.run_state import RunState
+from stillframe.snapshots import selection
+from stillframe.snapshots.context import Unwatched
+from stillframe.snapshots.keeping import keeping
 from stillframe.snapshots.staging import _StagedBlock
 from stillframe.vmstate import layout
 from stillframe.vmstate.stream import RAM_SECTION_ID
@@ -238,6 +252,33 @@ def refused_load(machine: Machine, nodes: tuple[Node, Node], kind: type[Stillfra
     assert memory_of(machine) == memory
     assert [content(node) for node in nodes] == disks
     return refused.value
+
+
+@pytest.mark.parametrize("size", [DISK // 2, 2 * DISK])
+def test_disk_that_was_resized_meanwhile_has_the_size_of_the_snapshot_again_as_with_qemu(
+    size: int, tmp_path: Path
+) -> None:
+    path = new_image(tmp_path / "a.qcow2")
+    machine = machine_with()
+    with opened(path, "a") as node:
+        node.write(DISK - 4096, b"last" * 1024)
+        before = content(node)
+        do_save(machine, [node], "one")
+    subprocess.run([peer("qemu-img"), "resize", "-q", "--shrink", str(path), str(size)], check=True)
+    with opened(path, "a") as node:
+        assert node.size == size
+        do_load(machine, [node], "one")
+        assert (node.size, content(node)) == (DISK, before)
+    qemu_img_check(path)
+
+
+def test_machine_of_this_process_is_not_replaced_by_another(nodes: tuple[Node, Node]) -> None:
+    machine = machine_with()
+    do_save(machine, nodes, "one")
+    chosen = selection.for_load([selection.snapshot_node(node) for node in nodes], "one", None)
+    with pytest.raises(Unsupported, match="no other that could replace it"):
+        keeping(machine, "xxh3", nullcontext).load(chosen, Unwatched(), replace=True)
+    assert machine.run_state is RunState.RUNNING
 
 
 def test_another_size_of_memory_is_refused_by_name(nodes: tuple[Node, Node]) -> None:

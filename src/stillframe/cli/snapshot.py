@@ -173,12 +173,17 @@ EXAMPLES
   stillframe load box clean --devices root --vmstate root
   stillframe load box before-upgrade --eager
   stillframe load box before-upgrade --speed 50M
+  stillframe load box before-upgrade --replace
 
 The guest runs as soon as its devices are restored, and its memory comes while it does; the command ends
 when all has come. Ctrl-C cancels a load until the guest runs; from then on the command waits for its
 end, and a second Ctrl-C leaves it to itself. What the machine does now is lost. A flash device's content
 is part of the machine state: it is written back to its node, also where that node is not among the
-devices."""
+devices.
+
+With --engine qemu two QEMUs are there for a moment. Where the host has no memory for both, or both
+would listen at one address, --replace does it with one at a time: the snapshot is read as a whole
+first; but if the other QEMU then refuses it, there is no guest to go back to."""
 )
 @click.argument("words", nargs=-1, metavar="[NAME] TAG")
 @qmp_option
@@ -186,6 +191,11 @@ devices."""
 @_vmstate_option
 @click.option(
     "--eager", is_flag=True, help="The guest runs only when all of its memory is there, as with QEMU."
+)
+@click.option(
+    "--replace",
+    is_flag=True,
+    help="End a QEMU's guest before the one that goes on is started; if that fails, it is gone.",
 )
 @_speed_option
 @_JOB_ID
@@ -196,6 +206,7 @@ def load(
     devices: str | None,
     vmstate: str | None,
     eager: bool,
+    replace: bool,
     speed: int | None,
     job_id: str | None,
     as_json: bool,
@@ -213,6 +224,7 @@ def load(
             vmstate=chosen.home,
             devices=chosen.devices,
             eager=eager,
+            replace=replace,
             speed=speed or 0,
             job_id=job_id,
             progress=listener,

@@ -388,6 +388,7 @@ class Client:
         vmstate: str,
         devices: Sequence[str],
         eager: bool = False,
+        replace: bool = False,
         speed: int = 0,
         job_id: str | None = None,
         progress: ProgressListener | None = None,
@@ -396,6 +397,7 @@ class Client:
 
         :param eager: the guest runs only when all of its memory is there. A server that does not know this, as QEMU,
             never does otherwise.
+        :param replace: of a guest that a QEMU runs for stillframe, that one is ended before the one that goes on is started.
         :param speed: as in `save`; what the guest asks for comes at once.
         :raise JobFailed: with stillframe's server everything is as before; with QEMU's the guest may stand
             still.
@@ -403,6 +405,10 @@ class Client:
         arguments: dict[str, Any] = {"tag": tag, "vmstate": vmstate, "devices": list(devices)}
         if eager and await self._takes("snapshot-load", "eager"):
             arguments["eager"] = True
+        if replace:
+            if not await self._takes("snapshot-load", "replace"):
+                raise Unsupported(f"The server at '{self.address}' replaces no guest by another")
+            arguments["replace"] = True
         arguments |= await self._limit("snapshot-load", speed)
         return await self.run_job("snapshot-load", arguments, job_id=job_id, progress=progress)
 

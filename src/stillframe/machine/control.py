@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -178,12 +178,14 @@ class StreamedMachine(MachineControl, Protocol):
         at_instant: Callable[[], None],
         refuse_if_cancelled: Callable[[], None] = lambda: None,
         quiesce: Quiesce | None = None,
+        others_at_rest: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> AbstractContextManager[CapturedState]:
         """The state of one instant; the guest goes on before the block begins.
 
         :param at_instant: called in the pause, with no request in flight.
         :param refuse_if_cancelled: called while much is to be done before the pause; raises to end it, and never waits.
         :param quiesce: freeze the guest's file systems for it, which are thawed whatever comes. :raise Refused: they cannot be.
+        :param others_at_rest: a block that `at_instant` is called in, begun just before the pause and ended right after the call.
         :raise Failed: there is none to be had; the guest goes on.
         """
         ...
@@ -192,10 +194,16 @@ class StreamedMachine(MachineControl, Protocol):
         """Somebody to take this machine's place, ended with the block if it has not."""
         ...
 
-    def standing_still(self, decides: Node) -> AbstractContextManager[None]:
+    def refuse_unlike(self, head: RelayedHead) -> None:
+        """As far as it can be seen from a stream's beginning. :raise StateMismatch: the state is of another machine."""
+        ...
+
+    def standing_still(self, decides: Node, *, gone: str | None = None) -> AbstractContextManager[None]:
         """The guest waits inside the block, and whoever is the machine by then runs after it, if it ran before.
 
         :param decides: the node whose switch inside the block is the commit: whoever takes over after our death looks there.
+        :param gone: end the guest at the block's beginning, which gives its memory and all else that it holds to a successor.
+            Where none has become the machine at the end, nothing can be done with it but a load, and this says why. None: it stays.
         """
         ...
 
@@ -208,5 +216,5 @@ class StreamedMachine(MachineControl, Protocol):
         ...
 
     def refuse_without_memory(self) -> None:
-        """:raise Refused: `lose_memory` was called, and no load since."""
+        """:raise Refused: the guest is gone, or `lose_memory` was called; and no load since."""
         ...

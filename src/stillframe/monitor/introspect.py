@@ -4,7 +4,7 @@ The schema has the form of QEMU's introspection: an entry for each command, even
 for names, since only their members are an interface; "0" is the object without members, "[N]" an array of N.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from stillframe.monitor.schema import (
@@ -23,9 +23,10 @@ from stillframe.monitor.schema import (
 
 
 class _Numbering:
-    """Names for types, given as they are met; every type met is described once."""
+    """Names for types, given as they are met; every type met is described once. :param first: a number that is not taken."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = 0) -> None:
+        self._first = first
         self._names: dict[Any, str] = {Object(Nothing): "0"}
         self.entries: list[dict[str, Any]] = [{"name": "0", "meta-type": "object", "members": []}]
 
@@ -36,9 +37,12 @@ class _Numbering:
         if isinstance(shape, Variants):
             key = (shape.tag, *shape.cases)
         if key not in self._names:
-            self._names[key] = shape.name if isinstance(shape, Builtin) else str(len(self._names))
+            self._names[key] = shape.name if isinstance(shape, Builtin) else self._number()
             self._describe(shape, self._names[key])
         return self._names[key]
+
+    def _number(self) -> str:
+        return str(self._first + len(self._names))
 
     def _array(self, shape: Array) -> str:
         element = self.name(shape.element)
@@ -78,7 +82,7 @@ class _Numbering:
 
     def _words(self, tag: "_TagWords") -> str:
         if tag not in self._names:
-            self._names[tag] = str(len(self._names))
+            self._names[tag] = self._number()
             self.entries.append(
                 {
                     "name": self._names[tag],
@@ -96,9 +100,16 @@ class _TagWords(tuple[str, ...]):
     __slots__ = ()
 
 
-def schema_entries() -> list[dict[str, Any]]:
-    """The schema of all that is declared: commands, events, then the types that they use."""
-    numbering = _Numbering()
+def schema_entries(
+    others: Sequence[Mapping[str, Any]] = (), passed: Container[str] = ()
+) -> list[dict[str, Any]]:
+    """The schema of all that is declared: commands, events, then the types that they use.
+
+    :param others: the schema of another monitor, whose commands of these names are passed on to it. :param passed: the names.
+        It tells of its own types by names of its own; what is declared here, it says as it is here.
+    """
+    numbers = [int(each["name"]) for each in others if each["name"].isdecimal()]
+    numbering = _Numbering(1 + max(numbers, default=-1))
     declared: list[dict[str, Any]] = []
     for command in COMMANDS.values():
         entry: dict[str, Any] = {
@@ -114,7 +125,13 @@ def schema_entries() -> list[dict[str, Any]]:
         declared.append(entry)
     for event in EVENTS.values():
         declared.append({"name": event.name, "meta-type": "event", "arg-type": numbering.name(event.data)})
-    return declared + numbering.entries
+    theirs = [
+        dict(each)
+        for each in others
+        if (each["name"] in passed if each["meta-type"] == "command" else each["name"] not in EVENTS)
+    ]
+    there = {each["name"] for each in theirs}
+    return declared + theirs + [each for each in numbering.entries if each["name"] not in there]
 
 
 def reference() -> str:

@@ -44,8 +44,10 @@ class Keeping(Protocol):
         """See `save.save`. :param quiesce: the guest's file systems stand still for it."""
         ...
 
-    def load(self, selection: LoadSelection, context: Context, *, eager: bool = False) -> None:
-        """See `load.load`."""
+    def load(
+        self, selection: LoadSelection, context: Context, *, eager: bool = False, replace: bool = False
+    ) -> None:
+        """See `load.load`. :param replace: see `streamed_load.load_streamed`."""
         ...
 
 
@@ -64,7 +66,14 @@ class InProcess:
             context.chose("file-systems", "running", _NO_AGENT)
         save(self._machine, selection, context, ground=self.ground, at_rest=self._at_rest)
 
-    def load(self, selection: LoadSelection, context: Context, *, eager: bool = False) -> None:
+    def load(
+        self, selection: LoadSelection, context: Context, *, eager: bool = False, replace: bool = False
+    ) -> None:
+        if replace:
+            raise Unsupported(
+                "This engine's machine takes a snapshot's state itself: there is no other that could replace it",
+                remedy="Load without `replace`.",
+            )
         load(self._machine, selection, context, ground=self.ground, eager=eager, at_rest=self._at_rest)
 
 
@@ -88,8 +97,12 @@ class Streamed:
             stale_at_most=self._options.stale_at_most,
         )
 
-    def load(self, selection: LoadSelection, context: Context, *, eager: bool = False) -> None:
-        self.standing = load_streamed(self._machine, selection, context, eager=eager, at_rest=self._at_rest)
+    def load(
+        self, selection: LoadSelection, context: Context, *, eager: bool = False, replace: bool = False
+    ) -> None:
+        self.standing = load_streamed(
+            self._machine, selection, context, eager=eager, replace=replace, at_rest=self._at_rest
+        )
 
 
 def keeping(machine: Machine | StreamedMachine, options: KeepingOptions, at_rest: AtRest) -> Keeping:

@@ -27,8 +27,9 @@ from stillframe.snapshots.ground import Ground
 from stillframe.snapshots.group import Step, all_or_none
 from stillframe.snapshots.lazy import LazyMemory, lazy_memory
 from stillframe.snapshots.rewind import NearbyMemory
+from stillframe.snapshots.room import refuse_without_room
 from stillframe.snapshots.selection import Found, LoadSelection
-from stillframe.snapshots.staging import StagedMemory, refuse_without_room
+from stillframe.snapshots.staging import StagedMemory
 from stillframe.vmstate.fields import Description, Values
 from stillframe.vmstate.sections import GLOBAL_STATE, GLOBAL_STATE_KEY, SectionKey
 from stillframe.vmstate.stream import Survey, survey, survey_devices

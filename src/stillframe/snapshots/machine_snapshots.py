@@ -82,16 +82,24 @@ class MachineSnapshots:
         self._save(context, chosen, quiesce=quiesce)
 
     def load(
-        self, context: Context, tag: str, vmstate: str, devices: Sequence[str], *, eager: bool = False
+        self,
+        context: Context,
+        tag: str,
+        vmstate: str,
+        devices: Sequence[str],
+        *,
+        eager: bool = False,
+        replace: bool = False,
     ) -> None:
         """Bring the machine and these nodes back to a snapshot; after an error the guest is as it was.
 
         :param eager: the guest runs only when all of its memory is there.
+        :param replace: a guest of another program is ended first; an error after that says so.
         :raise Refused: :raise Corrupt: :raise Failed: :raise Cancelled:
         """
         self.recover()
         chosen = selection.for_load(selection.listed(self._graph, devices), tag, vmstate)
-        self._load(context, chosen, eager=eager)
+        self._load(context, chosen, eager=eager, replace=replace)
 
     def delete(self, context: Context, tag: str, devices: Sequence[str]) -> None:
         """Delete the snapshot of that name wherever these nodes have it; nowhere is fine, too.
@@ -187,9 +195,11 @@ class MachineSnapshots:
         with self._held(chosen.nodes, "snapshot-save"):
             self.keeping.save(chosen, context, quiesce=quiesce)
 
-    def _load(self, context: Context, chosen: LoadSelection, *, eager: bool = False) -> None:
+    def _load(
+        self, context: Context, chosen: LoadSelection, *, eager: bool = False, replace: bool = False
+    ) -> None:
         with self._held([found.node for found in chosen.all], "snapshot-load"):
-            self.keeping.load(chosen, context, eager=eager)
+            self.keeping.load(chosen, context, eager=eager, replace=replace)
 
     def _delete(self, context: Context, found: Sequence[Found]) -> None:
         with self._held([each.node for each in found], "snapshot-delete"):

@@ -128,25 +128,5 @@ class StagedMemory:
             self._memory.replaced()
 
 
-def refuse_without_room(needed: int) -> None:
-    """The memory of a snapshot is gathered beside the machine's own.
-
-    :param needed: bytes, at most. :raise Refused: the host has not that much to give.
-    """
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            figures = dict(line.split(":", 1) for line in lines)
-        available = int(figures["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError, ValueError):
-        # A host that does not say is believed to have it; the kernel has the last word either way.
-        return
-    if needed > available:
-        raise Refused(
-            f"A load needs up to {needed >> 20} MiB of memory beside the guest's own, the host has "
-            f"{available >> 20} MiB",
-            remedy="End other programs, or load the snapshot in a machine of its own on a larger host.",
-        )
-
-
 def _anonymous(size: int) -> mmap.mmap:
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -72,8 +72,8 @@ def save_streamed(
             when = InstantTime.now(0)
 
         with ExitStack() as stack:
-            with at_rest():
-                capture = stack.enter_context(machine.captured(freeze, context.refuse_if_cancelled, quiesce))
+            captured = machine.captured(freeze, context.refuse_if_cancelled, quiesce, at_rest)
+            capture = stack.enter_context(captured)
             if quiesce is not None:
                 context.chose(
                     "file-systems", "running" if capture.not_quiesced else "frozen", capture.not_quiesced

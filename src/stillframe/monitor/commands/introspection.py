@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from stillframe.machine.control import OtherMonitor
 from stillframe.monitor.host import Host
 from stillframe.monitor.introspect import schema_entries
 from stillframe.monitor.schema import COMMANDS, Structure, command
@@ -50,17 +51,23 @@ def query_version(host: Host) -> VersionInfo:
 def query_commands(host: Host) -> list[CommandInfo]:
     """The names of all commands."""
     other = host.machine.other_monitor
-    passed = [] if other is None else [name for name in other.commands() if name not in COMMANDS]
+    passed = [] if other is None else _passed(other)
     return [CommandInfo(name) for name in (*COMMANDS, *passed)]
 
 
 @command("query-qmp-schema", returns=list[SchemaEntry])
 def query_qmp_schema(host: Host) -> Any:
-    """Every command and event with its arguments and types, in the form of QEMU's introspection. Where a QEMU runs the guest, it is
-    that one's own, which has ours as well.
+    """Every command and event with its arguments and types, in the form of QEMU's introspection. Where a QEMU runs the guest, those
+    of its commands that are passed on to it are there as it says them.
     """
     other = host.machine.other_monitor
-    return _entries() if other is None else other.execute("query-qmp-schema", {})
+    if other is None:
+        return _entries()
+    return schema_entries(other.execute("query-qmp-schema", {}), _passed(other))
+
+
+def _passed(other: OtherMonitor) -> list[str]:
+    return [name for name in other.commands() if name not in COMMANDS]
 
 
 @cache

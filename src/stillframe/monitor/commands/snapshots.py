@@ -41,6 +41,8 @@ class LoadArguments(Structure):
     :param devices: the node-names of all devices to bring back to the snapshot.
     :param eager: the guest runs only when all of its memory is there. Not QEMU's, whose loads always do.
     :param speed: as for a save. What the guest asks for comes at once.
+    :param replace: a guest that a QEMU runs: that one is ended before the one that goes on is started, which needs no room beside
+        it then. If the load fails after that, the guest is gone. Not QEMU's.
     """
 
     job_id: str
@@ -49,6 +51,7 @@ class LoadArguments(Structure):
     devices: list[str]
     eager: bool | msgspec.UnsetType = msgspec.UNSET
     speed: int | msgspec.UnsetType = msgspec.UNSET
+    replace: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class DeleteArguments(Structure):
@@ -89,12 +92,17 @@ def snapshot_save(host: Host, arguments: SaveArguments) -> None:
 def snapshot_load(host: Host, arguments: LoadArguments) -> None:
     """Bring the machine and the listed devices back to a snapshot.
 
-    The state is checked before the guest stops; after any failure the guest is as it was.
+    The state is checked before the guest stops; after any failure the guest is as it was, but for what `replace` risks.
     """
 
     def body(context: JobContext) -> None:
         host.snapshots.load(
-            context, arguments.tag, arguments.vmstate, arguments.devices, eager=arguments.eager is True
+            context,
+            arguments.tag,
+            arguments.vmstate,
+            arguments.devices,
+            eager=arguments.eager is True,
+            replace=arguments.replace is True,
         )
 
     host.jobs.create(

@@ -18,6 +18,7 @@ from typing import Final
 from stillframe.block.node import Node
 from stillframe.block.qcow2 import Qcow2Node
 from stillframe.errors import NotFound, PeerError, Refused
+from stillframe.machine.engines.qemu.beside import give_sockets_back, give_sockets_up
 from stillframe.machine.engines.qemu.home import (
     MachineHome,
     NodeNote,
@@ -69,6 +70,7 @@ def take_over(home: MachineHome, find: Callable[[str], Node | None]) -> None:
         )
     if record.successor is not None and (other := open_process(record.successor)) is not None:
         other.kill()
+    give_sockets_back(record.process.pid)
     home.note(successor=None, load=None)
     home.clear_but(record.process)
     home.stays = False
@@ -77,6 +79,7 @@ def take_over(home: MachineHome, find: Callable[[str], Node | None]) -> None:
 def _with_successor(home: MachineHome, record: Record) -> Record:
     """The load was committed: the disks are the snapshot's, and the former machine's memory is of other ones."""
     if record.process is not None and (former := open_process(record.process)) is not None:
+        give_sockets_up(former.pid)
         former.kill()
     home.note(process=record.successor, successor=None, load=None)
     return home.record or record

@@ -20,7 +20,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
@@ -68,6 +69,32 @@ class Pause:
         deadline = time.monotonic() + _RESUME_SECONDS
         while self.ends_itself and not runs() and time.monotonic() < deadline:
             time.sleep(0.002)
+
+
+@dataclass(frozen=True, slots=True)
+class Instant:
+    """What is to be done while the guest stands still.
+
+    :param work: called in the pause. :param others_at_rest: a block around it, in which nobody but the guest changes a disk.
+    """
+
+    work: Callable[[], None]
+    others_at_rest: Callable[[], AbstractContextManager[object]]
+
+    @contextmanager
+    def coming(self) -> Iterator[Callable[[], None]]:
+        """A block for the pause, which begins before it: waiting for the others is no part of it. They go on after the call.
+
+        :return: does the work.
+        """
+        with ExitStack() as others:
+            others.enter_context(self.others_at_rest())
+
+            def happen() -> None:
+                self.work()
+                others.close()
+
+            yield happen
 
 
 class Guest(Protocol):
@@ -281,13 +308,13 @@ class Capturing:
     @contextmanager
     def captured(
         self,
-        at_instant: Callable[[], None],
+        instant: Instant,
         refuse_if_cancelled: Callable[[], None],
         quiesced: Callable[[], AbstractContextManager[str]],
     ) -> Iterator[Capture]:
         """The guest's state of one instant, for as long as the block lasts; the guest goes on before it begins.
 
-        :param at_instant: called in the pause, when none of the guest's requests is in flight.
+        :param instant: when none of the guest's requests is in flight.
         :param refuse_if_cancelled: called while memory is sent before the pause; raises to end it.
         :param quiesced: a block in which the guest's file systems are frozen, or why they are not.
         :raise Failed: QEMU does not give it; the guest goes on.
@@ -314,11 +341,11 @@ class Capturing:
         try:
             with quiesced() as capture.not_quiesced:
                 if how == "background":
-                    self._background(capture, at_instant)
+                    self._background(capture, instant)
                 elif how == "precopy":
-                    self._precopy(capture, at_instant, refuse_if_cancelled)
+                    self._precopy(capture, instant, refuse_if_cancelled)
                 else:
-                    self._stopped(capture, at_instant)
+                    self._stopped(capture, instant)
             yield capture
         finally:
             try:
@@ -330,10 +357,10 @@ class Capturing:
     def _migrate(self) -> None:
         self._monitor.execute("migrate", {"uri": f"unix:{self._path}"})
 
-    def _background(self, capture: Capture, at_instant: Callable[[], None]) -> None:
-        with self._guest.paused() as pause:
+    def _background(self, capture: Capture, instant: Instant) -> None:
+        with instant.coming() as happen, self._guest.paused() as pause:
             try:
-                at_instant()
+                happen()
                 self._migrate()
                 pause.ends_itself = not self._modern
                 capture.read_head()
@@ -344,9 +371,7 @@ class Capturing:
                 capture.end(may_cancel=self._modern)
                 raise
 
-    def _precopy(
-        self, capture: Capture, at_instant: Callable[[], None], refuse_if_cancelled: Callable[[], None]
-    ) -> None:
+    def _precopy(self, capture: Capture, instant: Instant, refuse_if_cancelled: Callable[[], None]) -> None:
         def switch_over() -> None:
             self._monitor.execute("stop")
             self._status.wait_for("pre-switchover", _SETUP_SECONDS)
@@ -355,7 +380,7 @@ class Capturing:
 
         ran = self._guest.runs()
         self._enable("pause_before_switchover")
-        with self._guest.stopping_itself():
+        with self._guest.stopping_itself(), ExitStack() as others:
             try:
                 self._migrate()
                 while not self._status.wait_for("pre-switchover", _ATTENTION_SECONDS):
@@ -363,6 +388,7 @@ class Capturing:
                     if self._status.passes > _PASSES:
                         capture.why += "; the guest changes its memory faster than it can be sent"
                         break
+                happen = others.enter_context(instant.coming())
             except BaseException:
                 self._give_up(capture, ran=ran)
                 raise
@@ -370,7 +396,7 @@ class Capturing:
                 # Not what it is now: QEMU may have stopped it before we looked.
                 pause.ran = ran and not self._guest.stop_asked()
                 try:
-                    at_instant()
+                    happen()
                     self._monitor.execute("migrate-continue", {"state": "pre-switchover"})
                     self._complete(capture)
                 except BaseException:
@@ -382,13 +408,13 @@ class Capturing:
         with self._guest.paused(lambda: capture.end(may_cancel=True)) as pause:
             pause.ran = ran and not self._guest.stop_asked()
 
-    def _stopped(self, capture: Capture, at_instant: Callable[[], None]) -> None:
+    def _stopped(self, capture: Capture, instant: Instant) -> None:
         self._enable()
-        with self._guest.paused():
+        with instant.coming() as happen, self._guest.paused():
             if self._monitor.execute("query-status")["status"] == "postmigrate":
                 leave_postmigrate(self._monitor, self._directory, self._words)
             try:
-                at_instant()
+                happen()
                 self._migrate()
                 self._complete(capture)
             except BaseException:

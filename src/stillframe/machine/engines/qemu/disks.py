@@ -11,6 +11,8 @@ from pathlib import Path
 from stillframe.block.export.export import Export
 from stillframe.block.export.server import NbdServer
 from stillframe.block.node import Node
+from stillframe.machine.engines.qemu.command_line import QemuConfig, drive_of
+from stillframe.machine.machine import Disk
 from stillframe.sockets import listening_unix_socket
 
 
@@ -50,3 +52,19 @@ class DiskExports:
         for export in self._exports.values():
             export.close()
         self._server.close()
+
+
+def disks_of(config: QemuConfig) -> tuple[Disk, ...]:
+    """The guest's devices with a node of ours behind them, as QEMU names them; flash first."""
+    nodes = {node.node_name: node for node in config.nodes}
+    found = [
+        Disk(f"pflash{number}", name, True, not nodes[name].read_only)
+        for number, name in enumerate(config.flash)
+    ]
+    for number, device in enumerate(config.devices):
+        name = drive_of(device)
+        if name in nodes:
+            words = dict(pair.partition("=")[::2] for pair in device.split(",")[1:])
+            device_id = words.get("id", f"/machine/peripheral-anon/device[{number}]")
+            found.append(Disk(device_id, nodes[name].node_name, False, not nodes[name].read_only))
+    return tuple(found)

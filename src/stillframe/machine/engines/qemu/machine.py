@@ -13,7 +13,8 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -23,21 +24,24 @@ from stillframe.errors import CommandNotFound, Failed, PeerError, Refused, Still
 from stillframe.events import Event, EventBus
 from stillframe.machine.control import Quiesce, Successor
 from stillframe.machine.engines.qemu.adopt import active_table, end_migration
-from stillframe.machine.engines.qemu.agent import GuestAgent, thaw, wake
-from stillframe.machine.engines.qemu.capture import Capture, Capturing, MigrationStatus, Pause
-from stillframe.machine.engines.qemu.command_line import QemuConfig, command_line, drive_of
+from stillframe.machine.engines.qemu.beside import beside, does_not_start, give_sockets_up
+from stillframe.machine.engines.qemu.capture import Capture, Capturing, Instant, MigrationStatus, Pause
+from stillframe.machine.engines.qemu.command_line import QemuConfig, command_line
 from stillframe.machine.engines.qemu.console import SerialRelay
-from stillframe.machine.engines.qemu.disks import DiskExports
-from stillframe.machine.engines.qemu.display import addresses, move
+from stillframe.machine.engines.qemu.disks import DiskExports, disks_of
+from stillframe.machine.engines.qemu.display import Addresses, addresses, move
 from stillframe.machine.engines.qemu.home import LoadNote, ProcessNote, open_process
 from stillframe.machine.engines.qemu.monitor import asked, let_run
 from stillframe.machine.engines.qemu.outside import refuse_outside_state
 from stillframe.machine.engines.qemu.process import QemuProcess, socket_words
+from stillframe.machine.engines.qemu.quiescing import Quiescing
 from stillframe.machine.engines.qemu.running import Running, Started, started_at
 from stillframe.machine.engines.qemu.successor import QemuSuccessor
+from stillframe.machine.engines.qemu.unlike import refuse_unlike
 from stillframe.machine.machine import Disk, Shutdown
 from stillframe.machine.run_state import RunState
 from stillframe.sockets import connected_unix_socket
+from stillframe.vmstate.relayed import RelayedHead
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +58,14 @@ _OTHER_STATES: Final = {
     "finish-migrate": RunState.SAVE_VM,
     "inmigrate": RunState.RESTORE_VM,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class LeftBehind:
+    """What a QEMU had that was ended before there was another. :param ran: its guest did. :param display: where its display was."""
+
+    ran: bool
+    display: Addresses
 
 
 class QemuMachine:
@@ -75,10 +87,11 @@ class QemuMachine:
         self._quiet = 0
         self._stops_itself = False
         self._stop_asked = False
-        self._wake_due = False
+        self._quiescing = Quiescing(self._agent_port, self.runs, has_port=config.agent)
         self._number = 0
         self._state = RunState.PRELAUNCH
         self._memory_lost: str | None = None
+        self._left_behind: LeftBehind | None = None
         self._told: Shutdown | None = None
         self._shutdown: Shutdown | None = None
         self._begun = threading.Event()
@@ -113,24 +126,13 @@ class QemuMachine:
     @property
     def disks(self) -> tuple[Disk, ...]:
         """The guest's devices with a node of ours behind them, as QEMU names them; flash first."""
-        nodes = {node.node_name: node for node in self._config.nodes}
-        found = [
-            Disk(f"pflash{n}", name, True, not nodes[name].read_only)
-            for n, name in enumerate(self._config.flash)
-        ]
-        for number, device in enumerate(self._config.devices):
-            name = drive_of(device)
-            if name in nodes:
-                words = dict(pair.partition("=")[::2] for pair in device.split(",")[1:])
-                device_id = words.get("id", f"/machine/peripheral-anon/device[{number}]")
-                found.append(Disk(device_id, nodes[name].node_name, False, not nodes[name].read_only))
-        return tuple(found)
+        return disks_of(self._config)
 
     @property
     def run_state(self) -> RunState:
         """What it is doing now; what it did last where QEMU does not answer soon."""
         if self._memory_lost is not None:
-            return RunState.IO_ERROR
+            return RunState.IO_ERROR if self._left_behind is None else RunState.INTERNAL_ERROR
         if self._quiet == 0 and self._process is not None:
             with contextlib.suppress(PeerError):
                 self._state = self._query_state(_STATUS_SECONDS)
@@ -216,7 +218,7 @@ class QemuMachine:
 
         def ended() -> None:
             status.end()
-            if process is not None and process is self._process:
+            if process is not None and process is self._process and self._left_behind is None:
                 self._has_ended(process)
 
         process = QemuProcess(running, self._home.path / str(number), hear, ended)
@@ -306,7 +308,7 @@ class QemuMachine:
             except PeerError as error:
                 raise asked(error) from error
             self._stop_asked = False
-        self._wake_if_due()
+        self._quiescing.wake_if_due()
 
     def reset(self) -> None:
         """Press the reset button."""
@@ -318,6 +320,8 @@ class QemuMachine:
         self._ask("system_powerdown")
 
     def _ask(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        if self._left_behind is not None:
+            self.refuse_without_memory()
         try:
             return self._qemu.monitor.execute(command, arguments)
         except PeerError as error:
@@ -351,13 +355,14 @@ class QemuMachine:
         with self._control:
             self._quiet += 1
             try:
-                pause = Pause(ran=self._query_state(_QUIT_SECONDS) is RunState.RUNNING)
+                gone = self._left_behind
+                pause = Pause(ran=self.runs() if gone is None else gone.ran)
                 if pause.ran:
                     self._home.note(runs=True)
                 try:
                     if stop is not None:
                         stop()
-                    elif pause.ran:
+                    elif pause.ran and gone is None:
                         self._qemu.monitor.execute("stop")
                     yield pause
                 finally:
@@ -387,20 +392,31 @@ class QemuMachine:
             self._stops_itself = False
 
     @contextmanager
-    def standing_still(self, decides: Node) -> Iterator[None]:
+    def standing_still(self, decides: Node, *, gone: str | None = None) -> Iterator[None]:
         """See `control.StreamedMachine`. Clients hear of it, as of a load of QEMU's."""
         ran = False
         try:
             with self.paused() as pause:
                 ran = pause.ran
                 self._home.note(load=LoadNote(decides.node_name, active_table(decides)))
-                if ran:
+                if ran and self._left_behind is None:
                     self.events.emit("STOP")
+                if gone is not None:
+                    self._leave(gone, ran=ran)
                 yield
         finally:
-            if ran:
+            if ran and self._left_behind is None:
                 self.events.emit("RESUME")
-                self._wake_if_due()
+                self._quiescing.wake_if_due()
+
+    def _leave(self, why: str, *, ran: bool) -> None:
+        """End QEMU before there is another. :param ran: whether its guest did."""
+        process = self._qemu
+        self._memory_lost = why
+        if self._left_behind is None:
+            # Set first: an end that we bring about is not the machine's.
+            self._left_behind = LeftBehind(ran, addresses(process.monitor))
+        process.kill()
 
     @contextmanager
     def captured(
@@ -408,6 +424,7 @@ class QemuMachine:
         at_instant: Callable[[], None],
         refuse_if_cancelled: Callable[[], None] = lambda: None,
         quiesce: Quiesce | None = None,
+        others_at_rest: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> Iterator[Capture]:
         """See `control.StreamedMachine`."""
 
@@ -420,67 +437,19 @@ class QemuMachine:
             # Memory that is sent before the pause has QEMU stop the guest by itself.
             self._home.note(runs=True)
         capturing = Capturing(process.monitor, process.directory, self._status, self, self._config.words)
-        quiesced = partial(self._quiesced, quiesce)
-        with capturing.captured(with_disks_at_rest, refuse_if_cancelled, quiesced) as capture:
+        quiesced = partial(self._quiescing.quiesced, quiesce)
+        instant = Instant(with_disks_at_rest, others_at_rest)
+        with capturing.captured(instant, refuse_if_cancelled, quiesced) as capture:
             yield capture
 
-    @contextmanager
-    def _quiesced(self, asked: Quiesce | None) -> Iterator[str]:
-        """The guest's file systems are frozen in the block, or why they are not."""
-        why = "" if asked is None else self._freeze()
-        if why and asked is Quiesce.REQUIRED:
-            raise Refused(
-                f"The guest's file systems cannot be frozen: {why}",
-                remedy="Run QEMU's guest agent in the guest and the machine with --agent, or save with `--quiesce try`.",
-            )
-        try:
-            yield why
-        finally:
-            if asked is not None and not why:
-                self._thaw()
+    def _agent_port(self) -> Path | None:
+        process = self._qemu
+        return None if process.monitor.ended else process.directory / "agent"
 
-    @property
-    def _agent_path(self) -> Path:
-        return self._qemu.directory / "agent"
-
-    def _freeze(self) -> str:
-        """Why it could not be done; empty if it is."""
-        if not self._config.agent:
-            return "the machine has no port for a guest agent"
-        if not self.runs():
-            return "the guest is paused, and so is its agent"
-        try:
-            agent = GuestAgent(self._agent_path)
-        except PeerError as error:
-            return str(error)
-        with contextlib.closing(agent):
-            try:
-                agent.freeze()
-            except PeerError as error:
-                why = str(error)
-            else:
-                return ""
-        self._thaw()
-        return why
-
-    def _thaw(self) -> None:
-        """:raise PeerError: the agent did not say that it has; it is asked again when the guest runs next."""
-        if self._qemu.monitor.ended:
-            return
-        try:
-            thaw(self._agent_path, self.runs)
-        except PeerError as error:
-            self._wake_due = True
-            raise PeerError(
-                f"The guest's file systems may still be frozen: {error}",
-                left="Nothing was saved; the guest's agent is asked again at the next `cont`",
-            ) from error
-
-    def _wake_if_due(self) -> None:
-        """The guest runs, after a load or after a thaw that failed: its agent is spoken with beside all else."""
-        if self._wake_due and self._config.agent:
-            self._wake_due = False
-            threading.Thread(target=wake, args=(self._agent_path,), name="guest-agent", daemon=True).start()
+    def refuse_unlike(self, head: RelayedHead) -> None:
+        """See `control.StreamedMachine`."""
+        if self._left_behind is None:
+            refuse_unlike(self._qemu.monitor, head)
 
     def refuse_outside_state(self) -> None:
         """See `control.StreamedMachine`."""
@@ -489,28 +458,41 @@ class QemuMachine:
     @contextmanager
     def successor(self) -> Iterator[QemuSuccessor]:
         """See `control.StreamedMachine`."""
+        former = self._qemu if self._left_behind is None else None
         status = MigrationStatus()
+        process = None
+        with beside(former, lambda: former is self._process):
+            try:
+                process = self._begin_successor(status)
+                with contextlib.closing(QemuSuccessor(process, status)) as found:
+                    yield found
+            finally:
+                gone = self._former if process is self._process else process
+                self._former = None
+                if gone is not None:
+                    gone.kill()
+                    gone.remove_files()
+                if process is not self._process:
+                    self._home.try_to_note(successor=None, load=None)
+                elif self._memory_lost is None:
+                    self._home.try_to_note(filling=False)
+
+    def _begin_successor(self, status: MigrationStatus) -> QemuProcess:
+        """:raise Refused: it does not start, in its words."""
         running, number = self._spawn(incoming=True)
         try:
-            self._home.note(successor=ProcessNote(number, running.pid, started_at(running.pid)), load=None)
-            process = self._connected(running, number, status)
-        except BaseException:
+            note = ProcessNote(number, running.pid, started_at(running.pid))
+            if self._left_behind is None:
+                self._home.note(successor=note, load=None)
+            else:
+                # What its commit will be is noted already.
+                self._home.note(successor=note)
+            return self._connected(running, number, status)
+        except BaseException as error:
             running.kill()
+            if isinstance(error, Refused) and self._left_behind is None:
+                raise does_not_start(error) from error
             raise
-        found = QemuSuccessor(process, status)
-        try:
-            yield found
-        finally:
-            found.close()
-            gone = self._former if process is self._process else process
-            self._former = None
-            if gone is not None:
-                gone.kill()
-                gone.remove_files()
-            if process is not self._process:
-                self._home.try_to_note(successor=None, load=None)
-            elif self._memory_lost is None:
-                self._home.try_to_note(filling=False)
 
     def become(self, successor: Successor) -> None:
         """See `control.StreamedMachine`."""
@@ -522,10 +504,12 @@ class QemuMachine:
         # Nothing may fail from here on: the images would go back.
         former, self._process, self._status = self._qemu, process, successor.status
         self._memory_lost = None
-        self._wake_due = True
+        self._quiescing.loaded()
         with contextlib.suppress(PeerError):
             self._attach_serial(process)
-        display = addresses(former.monitor)
+        display = addresses(former.monitor) if self._left_behind is None else self._left_behind.display
+        self._left_behind = None
+        give_sockets_up(former.pid)
         # It is waited for when the guest runs; but its display's address is free only then.
         self._former = former
         if display:

@@ -14,6 +14,7 @@ from typing import Final
 from stillframe.errors import Cancelled, Failed, IOFailed, PeerError, StateMismatch
 from stillframe.machine.control import StoredState
 from stillframe.machine.engines.qemu.capture import MigrationStatus
+from stillframe.machine.engines.qemu.monitor import QemuMonitor
 from stillframe.machine.engines.qemu.plain import feed
 from stillframe.machine.engines.qemu.postcopy import PostcopySource
 from stillframe.machine.engines.qemu.process import QemuProcess
@@ -35,6 +36,8 @@ class QemuSuccessor:
         monitor = self.process.monitor
         why = ""
         with self._explained():
+            if later and monitor.version < (8, 0, 0) and _has_memory_in_files(monitor):
+                later, why = False, "a QEMU before 8 cannot fetch missing pages of memory that is in a file"
             try:
                 monitor.set_capabilities(postcopy_ram=later)
             except PeerError as error:
@@ -60,7 +63,7 @@ class QemuSuccessor:
             )
             self._source.offer()
             self._source.wait_until_loaded(_LOADED_SECONDS)
-            self._wait_for("paused")
+            self._wait_until_paused()
 
     def offer_all(
         self,
@@ -72,8 +75,11 @@ class QemuSuccessor:
         """See `control.Successor`."""
         with self._explained(), connected_unix_socket(self._path) as connection:
             feed(connection, size, read, took, checkpoint)
-            self._wait_for("paused")
-            self.status.wait_until_over(_LOADED_SECONDS)
+            # Not for a run state: it is that of the snapshot, which may be one that a QEMU waits in.
+            if not self.status.wait_until_over(_LOADED_SECONDS):
+                raise PeerError(f"it has not loaded it in {_LOADED_SECONDS:g} seconds")
+            if self.status.now != "completed":
+                raise PeerError(f"its migration has the status '{self.status.now}'")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -85,9 +91,9 @@ class QemuSuccessor:
         except (PeerError, Failed) as error:
             raise self._refusal(error) from error
 
-    def _wait_for(self, wanted: str) -> None:
+    def _wait_until_paused(self) -> None:
         """Ends with QEMU, too. :raise PeerError: it ended, or failed."""
-        while (state := self.process.monitor.execute("query-status")["status"]) != wanted:
+        while (state := self.process.monitor.execute("query-status")["status"]) != "paused":
             if state not in ("inmigrate", "restore-vm", "prelaunch") or self.status.now == "failed":
                 raise PeerError(f"its run state is '{state}'")
             if self.process.wait(0.002):
@@ -120,3 +126,9 @@ class QemuSuccessor:
         if self._source is not None:
             self._source.close()
             self._source = None
+
+
+def _has_memory_in_files(monitor: QemuMonitor) -> bool:
+    """Later versions say themselves whether they can, by the kind of file."""
+    found = monitor.execute("qom-list", {"path": "/objects"})
+    return any(each["type"] == "child<memory-backend-file>" for each in found)
