@@ -4,13 +4,11 @@ A line is a command's name and its words, divided by white space; a word in doub
 \\n \\r \\\\ \\' \\" as escapes. Errors are printed as `Error: ...`. Lines end in CR LF.
 """
 
-import math
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from stillframe.block.node import SnapshotInfo
+from stillframe.block.listing import snapshot_table
 from stillframe.errors import NotFound, StillframeError
 from stillframe.jobs import JobContext
 from stillframe.machine.run_state import RunState
@@ -132,30 +130,6 @@ def _help(commands: Mapping[str, HumanCommand], prefix: str = "") -> str:
 # Snapshots
 
 
-def size_text(size: int) -> str:
-    """Bytes as QEMU prints them: three digits and a binary unit, as `3.96 MiB`."""
-    power = max(0, (math.frexp(size / (1000.0 / 1024.0))[1] - 1) // 10)
-    return f"{size / (1 << power * 10):.3g} {['', 'Ki', 'Mi', 'Gi', 'Ti', 'Pi', 'Ei'][power]}B"
-
-
-def snapshot_table(snapshots: Iterable[SnapshotInfo], *, with_ids: bool) -> list[str]:
-    """The lines of QEMU's table of snapshots, the head included.
-
-    :param with_ids: without them `--` stands in their place: the images have ids of their own.
-    """
-    lines = [f"{'ID':7} {'TAG':16} {'VM_SIZE':>8} {'DATE':>19} {'VM_CLOCK':>15} {'ICOUNT':>10}"]
-    for each in snapshots:
-        date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.date_sec))
-        seconds, rest = divmod(each.vm_clock_ns, 1_000_000_000)
-        clock = f"{seconds // 3600:04}:{seconds // 60 % 60:02}:{seconds % 60:02}.{rest // 1_000_000:03}"
-        icount = "--" if each.icount is None else str(each.icount)
-        lines.append(
-            f"{each.id if with_ids else '--':7} {each.name:16} {size_text(each.state_size):>8} {date:>19} "
-            f"{clock:>15} {icount:>10}"
-        )
-    return lines
-
-
 def _info_snapshots(host: Host, words: Sequence[str]) -> str:
     try:
         listing = host.snapshots.listing()
@@ -167,7 +141,7 @@ def _info_snapshots(host: Host, words: Sequence[str]) -> str:
     lines += snapshot_table(listing.common, with_ids=False) if listing.common else ["None"]
     for name, snapshots in listing.partial:
         lines += ["", f"List of partial (non-loadable) snapshots on '{name}':"]
-        lines += snapshot_table(snapshots, with_ids=True)
+        lines += snapshot_table(snapshots)
     return "".join(f"{line}\r\n" for line in lines)
 
 
