@@ -40,6 +40,7 @@ REFUSED = [
     "-smp foo=1",
     "-machine virt -cpu nosuch",
     "-uuid abc",
+    "-uuid 550e8400e29b41d4a716446655440000",
     "-icount shift=11",
     "-name a,foo=1",
     "-machine none -blockdev driver=nosuch,node-name=a",
@@ -89,6 +90,34 @@ def test_the_human_monitor_looks_on_the_wire_as_qemus() -> None:
         real, input=typed.replace(b"\x1b[A", b""), capture_output=True, timeout=60, check=True
     )
     assert ours.stdout == theirs.stdout
+
+
+def test_the_uuid_is_told_as_qemu_tells_it() -> None:
+    words = [
+        "-machine",
+        "none",
+        "-display",
+        "none",
+        "-qmp",
+        "stdio",
+        "-uuid",
+        "550E8400-e29b-41d4-A716-446655440000",
+    ]
+    asked = (
+        '{"execute": "qmp_capabilities"}{"execute": "query-uuid"}'
+        '{"execute": "human-monitor-command", "arguments": {"command-line": "info uuid"}}{"execute": "quit"}'
+    )
+    told = [
+        [json.loads(line) for line in run.stdout.splitlines()[1:] if "return" in line]
+        for program in (OURS, [peer("qemu-system-riscv64", "10.0")])
+        for run in [
+            subprocess.run(
+                [*program, *words], input=asked, capture_output=True, text=True, timeout=60, check=True
+            )
+        ]
+    ]
+    assert told[0] == told[1]
+    assert told[0][1] == {"return": {"UUID": "550e8400-e29b-41d4-a716-446655440000"}}
 
 
 def test_a_daemon_listens_writes_its_number_and_begins_with_a_snapshot(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ LINES = [
     "info snapshots",
     "info snapshots x",
     "info block",
+    "info replay",
+    "info uuid",
     "help foo",
     "help loadvm",
     "help delvm",

@@ -96,6 +96,7 @@ def _run_options(wishes: Wishes) -> RunOptions:
     nothing = wishes.board == "virt" and wishes.kernel is None and wishes.bios is None
     return RunOptions(
         name=wishes.name,
+        uuid=wishes.uuid,
         board=wishes.board,
         memory=wishes.memory,
         kernel=wishes.kernel,

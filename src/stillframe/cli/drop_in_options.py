@@ -1,6 +1,6 @@
 """What a command line of QEMU's asks for, as far as our machine has the thing; the rest is refused in QEMU's words."""
 
-import uuid
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ _DRIVE_WORDS = frozenset(
     {"if", "id", "file", "format", "driver", "readonly", "media", "unit", "index", "werror", "rerror"}
 )
 _MAX_SHIFT = 10
+_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class Wishes:
     board: str = "virt"
     memory: int = 128 << 20
     name: str | None = None
+    uuid: str | None = None
     kernel: Path | None = None
     initrd: Path | None = None
     append: str = ""
@@ -210,11 +212,9 @@ def _name(wishes: Wishes, option: Option) -> None:
 
 
 def _uuid(wishes: Wishes, option: Option) -> None:
-    """Read, and kept nowhere: no command shows it."""
-    try:
-        uuid.UUID(option.value)
-    except ValueError:
-        raise option.refused("failed to parse UUID string: wrong format") from None
+    if not _UUID.fullmatch(option.value):
+        raise option.refused("failed to parse UUID string: wrong format")
+    wishes.uuid = option.value.lower()
 
 
 def _drive(wishes: Wishes, option: Option) -> None:

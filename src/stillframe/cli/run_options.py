@@ -132,6 +132,7 @@ class RunOptions:
 
     :param entropy: whether there is a virtio-rng device.
     :param loadvm: the snapshot to begin with.
+    :param uuid: the machine's.
     """
 
     name: str | None
@@ -159,3 +160,4 @@ class RunOptions:
     words: tuple[str, ...]
     entropy: bool = True
     loadvm: str | None = None
+    uuid: str | None = None

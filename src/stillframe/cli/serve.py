@@ -126,7 +126,7 @@ async def _serve(
         console = stack.enter_context(_console(options.console, end))
         machine = _built(options, graph, console, events, home)
         stack.callback(machine.close)
-        host = Host(machine, graph, Jobs(events), events, options.algorithm)
+        host = Host(machine, graph, Jobs(events), events, options.algorithm, options.uuid)
         begun = asyncio.Event()
         server = MonitorServer(host, begun=begun)
         try:

@@ -192,6 +192,14 @@ def _info_name(host: Host, words: Sequence[str]) -> str:
     return "" if host.name is None else f"{host.name}\r\n"
 
 
+def _info_uuid(host: Host, words: Sequence[str]) -> str:
+    return f"{host.uuid()}\r\n"
+
+
+def _info_replay(host: Host, words: Sequence[str]) -> str:
+    return "Record/replay is not active\r\n"
+
+
 def _info_version(host: Host, words: Sequence[str]) -> str:
     qemu = VERSION.qemu
     return f"{qemu.major}.{qemu.minor}.{qemu.micro}{VERSION.package}\r\n"
@@ -261,6 +269,8 @@ INFO: Final = _table(
     HumanCommand(("name",), _info_name, "", "show the current VM name"),
     HumanCommand(("snapshots",), _info_snapshots, "", "show the currently saved VM snapshots"),
     HumanCommand(("status",), _info_status, "", "show the current VM status (running|paused)"),
+    HumanCommand(("replay",), _info_replay, "", "show record and replay: there is none"),
+    HumanCommand(("uuid",), _info_uuid, "", "show the current VM UUID"),
     HumanCommand(
         ("version",), _info_version, "", "show the version of QEMU that is spoken, and who speaks it"
     ),
