@@ -111,6 +111,8 @@ def named_block_node_json(node: Node, graph: BlockGraph) -> dict[str, Any]:
 
 def _image_json(node: Node, graph: BlockGraph) -> dict[str, Any]:
     shown = image_info_json(node.info())
+    if _at_the_bottom(node).driver == "null-co":
+        shown.pop("dirty-flag", None)
     bottom = shown["filename"]
     shown["filename"] = node_filename(node, graph)
     if "backing-filename" in shown:
@@ -119,6 +121,11 @@ def _image_json(node: Node, graph: BlockGraph) -> dict[str, Any]:
     if backing is not None:
         shown["backing-image"] = _image_json(backing, graph)
     return shown
+
+
+def _at_the_bottom(node: Node) -> Node:
+    """Where a raw node's bytes are."""
+    return _at_the_bottom(node.children["file"]) if node.driver == "raw" else node
 
 
 def _backing_depth(node: Node) -> int:

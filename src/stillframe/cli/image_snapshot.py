@@ -84,7 +84,7 @@ def create_snapshot(kind: str | None, image_file: str, tag: str) -> None:
         record = SnapshotRecord(tag, date_sec, date_nsec, lineage=lineage)
         with frozen_nodes() as frozen:
             frozen.freeze([of_image])
-            step = frozen.step(node.node_name, record)
+            step = frozen.step(of_image, record)
             with all_or_none([replace(step, failing=f"Could not create snapshot '{tag}'")]):
                 pass
 

@@ -13,6 +13,7 @@ from stillframe.errors import NotFound, StillframeError
 from stillframe.jobs import JobContext
 from stillframe.machine.run_state import RunState
 from stillframe.monitor.host import Host
+from stillframe.monitor.human_block import info_block, info_block_jobs
 from stillframe.monitor.session import VERSION
 
 Action = Callable[[Host, Sequence[str]], str]
@@ -24,6 +25,7 @@ class HumanCommand:
 
     :param names: the first is the command's, the others stand for it.
     :param words: what it takes, as (what is expected, whether it may be missing).
+    :param flags: what may stand before them, in this order, as "-n"; those that do are among the words.
     :param usage: the words as `help` shows them.
     :param text: what it does.
     """
@@ -33,6 +35,7 @@ class HumanCommand:
     usage: str
     text: str
     words: tuple[tuple[str, bool], ...] = ()
+    flags: tuple[str, ...] = ()
 
     @property
     def help_line(self) -> str:
@@ -109,6 +112,13 @@ def _word(text: str) -> tuple[str | None, str]:
 
 def _words(command: HumanCommand, rest: str) -> list[str]:
     words = []
+    for flag in command.flags:
+        rest = rest.lstrip()
+        if rest.startswith(flag):
+            words.append(flag)
+            rest = rest.removeprefix(flag)
+        elif rest.startswith("-") and rest[:2] not in command.flags:
+            raise _BadWords(f"unsupported option {rest[:2]}")
     for expected, optional in command.words:
         if not rest.strip():
             if optional:
@@ -205,19 +215,6 @@ def _info_version(host: Host, words: Sequence[str]) -> str:
     return f"{qemu.major}.{qemu.minor}.{qemu.micro}{VERSION.package}\r\n"
 
 
-def _info_block(host: Host, words: Sequence[str]) -> str:
-    blocks = []
-    for disk in host.machine.disks:
-        info = host.graph.find(disk.node_name).info()
-        lines = [
-            f"{disk.node_name}: {info.filename} ({info.format}{'' if disk.writable else ', read-only'})",
-            f"    Attached to:      {disk.device_id}",
-            "    Cache mode:       writeback",
-        ]
-        blocks.append("".join(f"{line}\r\n" for line in lines))
-    return "\r\n".join(blocks)
-
-
 def _stop(host: Host, words: Sequence[str]) -> str:
     host.machine.stop()
     return ""
@@ -258,6 +255,7 @@ def _show_help(host: Host, words: Sequence[str]) -> str:
 _STRING: Final = ("string", False)
 _MAYBE: Final = ("string", True)
 _DEVICE: Final = ("block device name", False)
+_MAYBE_DEVICE: Final = ("block device name", True)
 
 
 def _table(*commands: HumanCommand) -> dict[str, HumanCommand]:
@@ -265,7 +263,15 @@ def _table(*commands: HumanCommand) -> dict[str, HumanCommand]:
 
 
 INFO: Final = _table(
-    HumanCommand(("block",), _info_block, "", "show info of all block devices"),
+    HumanCommand(
+        ("block",),
+        info_block,
+        "[-n] [-v] [device]",
+        "show one or all drives and devices; -n: nodes; -v: their images, too",
+        (_MAYBE_DEVICE,),
+        ("-n", "-v"),
+    ),
+    HumanCommand(("block-jobs",), info_block_jobs, "", "show how far block jobs are"),
     HumanCommand(("name",), _info_name, "", "show the current VM name"),
     HumanCommand(("snapshots",), _info_snapshots, "", "show the currently saved VM snapshots"),
     HumanCommand(("status",), _info_status, "", "show the current VM status (running|paused)"),

@@ -197,7 +197,7 @@ def _prepare(
     if isinstance(action, AbortAction):
         raise Refused("Transaction aborted using Abort action")
     if isinstance(action, SnapshotAction):
-        instant.add(find(action.data.device), action.data.name)
+        instant.add(find(action.data.device), action.data.device, action.data.name)
     else:
         assert_never(action)
 
