@@ -76,9 +76,10 @@ def node_filename(node: Node, graph: BlockGraph) -> str:
         return "null-co://" if set(options.settings) <= {"latency-ns"} else _json_name(node, graph)
     if file is None:
         return node.info().filename
-    if options.settings or file.children or _is_backing_overridden(node, graph):
+    below = node_filename(file, graph)
+    if options.settings or file.children or below.startswith("json:") or _is_backing_overridden(node, graph):
         return _json_name(node, graph)
-    return node_filename(file, graph)
+    return below
 
 
 def named_block_node_json(node: Node, graph: BlockGraph) -> dict[str, Any]:
