@@ -30,9 +30,9 @@ test: $(STAMP) peers ## every test; without the peers, those that need them are 
 conformance: $(STAMP) peers ## recorded dialogues with QEMU 10.0, held again with stillframe-qemu
 	$(BIN)/pytest -q -rP tests/conformance
 
-hunt: $(STAMP) peers ## long random runs beside qemu-img, ours and theirs in turn; SEED=N repeats one
+hunt: $(STAMP) peers ## long random runs beside qemu-img and QEMU, ours and theirs in turn; SEED=N repeats one
 	@seed=$${SEED:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')}; echo "seed $$seed: make hunt SEED=$$seed repeats it"; \
-	STILLFRAME_LONG=1 $(BIN)/pytest -n $(JOBS) --hypothesis-seed=$$seed tests/qcow2/test_qcow2_sequences.py tests/qcow2/test_qcow2_mirror.py
+	SEED=$$seed STILLFRAME_LONG=1 $(BIN)/pytest -n $(JOBS) --hypothesis-seed=$$seed tests/qcow2/test_qcow2_sequences.py tests/qcow2/test_qcow2_mirror.py tests/conformance/test_invented.py
 
 lint: $(STAMP) ## ruff's format and lint, mypy --strict
 	$(BIN)/ruff format --check src tests bench

@@ -10,17 +10,18 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "stillframe"
 
-BLOCK = {"errors", "events", "sockets"}
+BLOCK = {"errors", "events", "sockets", "text"}
 MACHINE = BLOCK | {"block", "vmstate"}
 SNAPSHOTS = MACHINE | {"machine", "jobs"}
 MONITOR = SNAPSHOTS | {"snapshots", "__version__"}
-WIRE = {"errors", "client", "data", "monitor.addresses", "__version__"}
+WIRE = {"errors", "text", "client", "data", "monitor.addresses", "__version__"}
 """What is needed to speak with a machine, and to say what came of it."""
 
 MAY_IMPORT = {
     "errors": set(),
     "events": set(),
     "data": set(),
+    "text": set(),
     "sockets": {"errors"},
     "jobs": {"errors", "events"},
     "block": BLOCK,

@@ -24,9 +24,10 @@ def environment(tmp_path: Path) -> dict[str, str]:
     programs, runtime = tmp_path / "bin", tmp_path / "run"
     programs.mkdir()
     runtime.mkdir(mode=0o700)
-    program = programs / "stillframe"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m stillframe "$@"\n')
-    program.chmod(0o755)
+    for name, module in (("stillframe", "stillframe"), ("stillframe-qemu", "stillframe.cli.drop_in")):
+        program = programs / name
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
+        program.chmod(0o755)
     return {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "XDG_RUNTIME_DIR": str(runtime)}
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ import pytest
 from peers import peer
 from running import PATIENCE, STILLFRAME, connected
 from stillframe.cli.drop_in_words import Option, key_values
+from stillframe.testing import plain
 
 OURS = [sys.executable, "-m", "stillframe.cli.drop_in"]
 
@@ -40,6 +43,7 @@ REFUSED = [
     "-smp foo=1",
     "-machine virt -cpu nosuch",
     "-uuid abc",
+    "-uuid 550e8400e29b41d4a716446655440000",
     "-icount shift=11",
     "-name a,foo=1",
     "-machine none -blockdev driver=nosuch,node-name=a",
@@ -50,6 +54,13 @@ REFUSED = [
     "-machine none -drive if=nosuch",
     "-machine virt -drive if=ide,file=/dev/null,format=raw",
     "-machine virt /nosuch.img",
+    "-machine virt -drive if=virtio",
+    "-machine virt -drive if=pflash",
+    "-machine virt -drive if=none,id=a -device virtio-blk-device,drive=a",
+    "-machine none -drive if=none,id=a -drive if=none,id=a",
+    "-machine none -drive if=none,id=1a",
+    "-machine none -drive if=none,id=a -blockdev null-co,node-name=a",
+    "-machine none -drive if=none,id=a,format=qcow2",
     "-machine virt -device nosuch",
     "-machine virt -device virtio-blk-device",
     "-machine virt -device virtio-blk-device,drive=nosuch",
@@ -89,6 +100,89 @@ def test_the_human_monitor_looks_on_the_wire_as_qemus() -> None:
         real, input=typed.replace(b"\x1b[A", b""), capture_output=True, timeout=60, check=True
     )
     assert ours.stdout == theirs.stdout
+
+
+def told(folder: Path, words: list[str], *requests: str) -> tuple[list[str], list[str]]:
+    """What ours and QEMU, each in a copy of a folder, answer to commands, or to lines for people; names that were made up are
+    all one.
+    """
+    sent = "".join(
+        json.dumps(
+            {"execute": request}
+            if request.startswith("query-")
+            else json.loads(request)
+            if request.startswith("{")
+            else {"execute": "human-monitor-command", "arguments": {"command-line": request}}
+        )
+        for request in requests
+    )
+    sent = f'{{"execute": "qmp_capabilities"}}{sent}{{"execute": "quit"}}'
+    found = []
+    for number, program in enumerate((OURS, [peer("qemu-system-riscv64", "10.0")])):
+        place = shutil.copytree(folder, folder.parent / f"{folder.name}-{number}")
+        run = subprocess.run(
+            [*program, *words, "-nodefaults", "-display", "none", "-qmp", "stdio"],
+            cwd=place,
+            input=sent,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        found.append(
+            [
+                re.sub(r"#block\d+", "#block", line)
+                for line in run.stdout.splitlines()[1:]
+                if "return" in line or "error" in line
+            ]
+        )
+    ours, theirs = found
+    return ours, theirs
+
+
+def test_the_uuid_is_told_as_qemu_tells_it(tmp_path: Path) -> None:
+    words = ["-machine", "none", "-uuid", "550E8400-e29b-41d4-A716-446655440000"]
+    ours, theirs = told(tmp_path, words, "query-uuid", "info uuid")
+    assert ours == theirs
+    assert '"550e8400-e29b-41d4-a716-446655440000"' in ours[1]
+
+
+def test_drives_full_and_empty_are_told_as_qemu_tells_them(tmp_path: Path) -> None:
+    for name in ("base.raw", "other.raw"):
+        subprocess.run([peer("qemu-img"), "create", "-q", tmp_path / name, "1M"], check=True)
+    for below, name in (("base.raw -F raw", "mid"), ("mid.qcow2 -F qcow2", "top")):
+        line = f"create -q -f qcow2 -b {below} {name}.qcow2".split()
+        subprocess.run([peer("qemu-img"), *line], cwd=tmp_path, check=True)
+    words = [
+        *("-machine", "virt", "-S", "-bios", "none"),
+        *("-blockdev", "raw,file.driver=file,file.filename=other.raw,node-name=n"),
+        *("-drive", "if=none,id=d0,file=top.qcow2,format=qcow2"),
+        *("-drive", "if=none,id=cd0"),
+        *("-drive", "if=none,id=ro,file=mid.qcow2,format=qcow2,readonly=on"),
+        *("-device", "virtio-blk-device,drive=d0,id=v0", "-device", "virtio-blk-device,drive=n,id=v1"),
+    ]
+    lines = ["", "-n", "-v", "-n -v", "d0", "cd0", "n", "-v n", "-nv", "-v -n", "nope", "-x", "a b", '"a']
+    internal = '{"execute": "blockdev-snapshot-%sinternal-sync", "arguments": {"device": "%s", "name": "%s"}}'
+    requests = [
+        "query-block",
+        *(f"info block {line}" for line in lines),
+        *(internal % ("", device, "s") for device in ("d0", "d0", "cd0", "ro", "n", "nope")),
+        *(internal % ("delete-", device, "x") for device in ("d0", "cd0", "n")),
+        "snapshot_blkdev_internal d0 s",
+        "info block -v d0",
+        '{"execute": "blockdev-add", "arguments": {"driver": "null-co", "node-name": "cd0"}}',
+        "savevm everything",
+        "delvm everything",
+        "loadvm s",
+        "info snapshots",
+    ]
+    ours, theirs = told(tmp_path, words, *requests)
+    for request, one, other in zip(requests, ours[1:], theirs[1:], strict=False):
+        one, other = (
+            re.sub(r"\d{4}-\d\d-\d\d [\d:]+ +[\d:.]+|disk size: \w+", "", text) for text in (one, other)
+        )
+        assert plain(json.loads(one)) == plain(json.loads(other)), request
+    assert len(ours) == len(theirs)
 
 
 def test_a_daemon_listens_writes_its_number_and_begins_with_a_snapshot(tmp_path: Path) -> None:

@@ -163,6 +163,17 @@ def partial_lists_name_nodes(found: Mismatch, partner: Partner) -> bool:
     return found.ours.replies != before
 
 
+def images_are_listed_once(found: Mismatch, partner: Partner) -> bool:
+    """A list for each node on an image there; here one for the image, in the place of the node on top."""
+    before = json.dumps(found.theirs.replies)
+    for told in (found.theirs, found.ours):
+        for reply in told.replies:
+            text = reply.get("return")
+            if isinstance(text, str) and "List of partial" in text:
+                reply["return"] = sorted(set(text.removesuffix("\r\n").split("\r\n\r\n")))
+    return json.dumps(found.theirs.replies) != before
+
+
 def savevm_replaces_last(found: Mismatch, partner: Partner) -> bool:
     """The new snapshot is there before the old one goes, so that ids run ahead."""
     if not partner.name.startswith("hmp"):
@@ -257,6 +268,7 @@ DIFFERENCES: dict[str, Explain] = {
     "tag-on-any-node": _refused("already exists in one or more devices"),
     "no-node-twice": _refused("is listed twice"),
     "partial-lists-name-nodes": partial_lists_name_nodes,
+    "images-are-listed-once": images_are_listed_once,
     "savevm-replaces-last": savevm_replaces_last,
     "jobs-can-be-cancelled": jobs_can_be_cancelled,
     "quit-pauses-no-job": quit_pauses_no_job,

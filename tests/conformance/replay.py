@@ -8,7 +8,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,10 @@ _VARYING = {
 }
 """Members whose values are times, sizes and progress."""
 
-_TABLE = re.compile(r"[\d.]+ (?:[KMG]i)?B +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d +[\d:]+\.\d{3} +(?:--|\d+)")
+_TABLE = re.compile(r" *[\d.]+ (?:[KMG]i)?B +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d +[\d:]+\.\d{3} +(?:--|\d+)")
+_JSON = re.compile(r"json:(\{.*?\}) \(")
+"""A node's options in the middle of a text."""
+_DISK_SIZE = re.compile(r"disk size: [\d.]+ (?:[KMG]i)?B")
 _DATED = re.compile(r"\bvm-\d{14}\b")
 _AUTOMATIC = re.compile(r"#block\d+")
 _OVER = {"concluded", "null"}
@@ -64,9 +67,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, str) and value.startswith("json:"):
         return {"json:": json.loads(value.removeprefix("json:"))}
     if isinstance(value, str):
-        text = _TABLE.sub("SIZE DATE CLOCK ICOUNT", value)
+        value = _DISK_SIZE.sub("disk size: SIZE", value)
+        text = _TABLE.sub(" SIZE DATE CLOCK ICOUNT", _JSON.sub(_sorted_json, value))
         return _AUTOMATIC.sub("#block", _DATED.sub("vm-DATE", text))
     return value
+
+
+def _sorted_json(found: re.Match[str]) -> str:
+    return f"json:{json.dumps(json.loads(found[1]), sort_keys=True)} ("
 
 
 @dataclass
@@ -102,11 +110,14 @@ class Mismatch:
 
 
 class Partner:
-    """stillframe-qemu at work on a dialogue."""
+    """A program at work on a dialogue. :param command: how to start it; None for stillframe-qemu with the dialogue's words."""
 
-    def __init__(self, dialogue: Dialogue, folder: Path) -> None:
+    noisy = False
+    """Whether it prints what is no message as well."""
+
+    def __init__(self, dialogue: Dialogue, folder: Path, command: Sequence[str] | None = None) -> None:
         self.process = subprocess.Popen(
-            [*PROGRAM, *words_of(dialogue)],
+            [*PROGRAM, *words_of(dialogue)] if command is None else command,
             cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -142,6 +153,8 @@ class Partner:
                 return None
             self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\n")
+        if self.noisy and not line.startswith(b"{"):
+            return self.message(patience)
         message = json.loads(line)
         self._jobs |= dict(_states([message]))
         return message

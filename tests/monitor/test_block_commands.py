@@ -84,6 +84,8 @@ def alike(value: Any, place: Path) -> Any:
         }
     if isinstance(value, list):
         return [alike(each, place) for each in value]
+    if isinstance(value, str) and value.startswith("json:"):
+        return alike(json.loads(value.removeprefix("json:")), place)
     return value.replace(str(place), "PLACE") if isinstance(value, str) else value
 
 
@@ -94,6 +96,11 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
     ("blockdev-add", {"driver": "file", "node-name": "p0", "filename": "PLACE/raw"}),
     ("blockdev-add", {"driver": "raw", "node-name": "r0", "file": "p0"}),
     ("blockdev-add", {"driver": "raw", "node-name": "r1", "file": "p0"}),
+    ("blockdev-add", {"driver": "raw", "node-name": "r0", "file": "p0"}),
+    ("blockdev-add", add("PLACE/odd", "odd")),
+    ("blockdev-add", {"driver": "null-co", "node-name": "n1", "size": 65536}),
+    ("blockdev-add", {"driver": "raw", "node-name": "on", "file": "n1"}),
+    ("blockdev-add", {"driver": "raw", "node-name": "view", "file": "odd", "offset": 512}),
     ("blockdev-add", add("PLACE/over", "over")),
     ("blockdev-add", add("PLACE/old", "old", **{"read-only": True})),
     ("blockdev-add", {"driver": "null-co", "node-name": "n0", "size": 65536}),

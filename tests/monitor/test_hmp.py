@@ -3,8 +3,10 @@
 import pytest
 
 from monitor.harness import Client, Lines
+from stillframe.block.listing import snapshot_table
 from stillframe.block.node import SnapshotInfo
-from stillframe.monitor.hmp import COMMANDS, INFO, size_text, snapshot_table
+from stillframe.monitor.hmp import COMMANDS, INFO
+from stillframe.text import format_size
 
 LINES = [
     "",
@@ -21,6 +23,8 @@ LINES = [
     "info snapshots",
     "info snapshots x",
     "info block",
+    "info replay",
+    "info uuid",
     "help foo",
     "help loadvm",
     "help delvm",
@@ -101,7 +105,7 @@ def test_there_is_one_processor_for_the_human_monitor(client: Client) -> None:
     ],
 )
 def test_sizes_have_three_digits_and_a_binary_unit(size: int, text: str) -> None:
-    assert size_text(size) == text
+    assert format_size(size) == text
 
 
 def test_the_table_of_snapshots_is_qemus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -460,6 +460,38 @@ def test_a_client_that_does_not_read_its_replies_stops_itself_alone(
         assert client.negotiate().execute("query-status")["running"]
 
 
+def test_a_client_that_takes_nothing_of_its_replies_for_long_loses_its_connection_and_nobody_else(
+    monitor: tuple[Served, UnixAddress], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "DEAF_SECONDS", 0.05)
+    server, address = monitor
+    with Client(address) as deaf, Client(address) as client:
+        deaf.negotiate()
+        deaf.send(b'{"execute":"query-qmp-schema"}' * 100)
+        client.negotiate()
+        deadline = time.monotonic() + PATIENCE
+        while server.on_loop(lambda: len(server.server._sessions)) > 1:
+            assert time.monotonic() < deadline, "the deaf client was kept"
+            assert client.execute("query-status")["running"]
+        assert client.execute("query-status")["running"]
+
+
+def test_events_beside_a_long_reply_do_not_cost_a_client_its_connection(
+    monitor: tuple[Served, UnixAddress], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "MAX_UNSENT_BYTES", 1 << 17)
+    server, address = monitor
+    with Client(address) as client:
+        client.negotiate()
+        client.send({"execute": "query-name", "id": "x" * (1 << 19)})
+        deadline = time.monotonic() + PATIENCE
+        while server.on_loop(lambda: max(each._stream.unsent for each in server.server._sessions)) < 1 << 17:
+            assert time.monotonic() < deadline, "all was taken by the kernel"
+        server.events.emit("JOB_STATUS_CHANGE", id="x", status="created")
+        told = [client.until("return", "event") for _ in range(2)]
+        assert ["return" in message for message in told] == [True, False]
+
+
 def test_a_client_that_does_not_read_its_events_loses_its_connection_and_nobody_else(
     monitor: tuple[Served, UnixAddress], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ GROUPED = {"completion-mode": "grouped"}
 ABORT = {"type": "abort", "data": {}}
 GROUPED_ABORT = together(ABORT, properties=GROUPED)
 GROUPED_SNAPSHOT = together(snap("fmt0", "t9"), properties=GROUPED)
+GROUPED_LATE = together(backup_of("g0", "n0", "n1"), ABORT, properties=GROUPED)
 JOBS = run("query-jobs")
 BLOCK_JOBS = run("query-block-jobs")
 NODES = ("fmt0", "fmt1")
@@ -126,6 +127,7 @@ REQUESTS = [
     together(snap("fmt0", "t5"), snap("fmt0", "t5")),
     GROUPED_ABORT,
     GROUPED_SNAPSHOT,
+    GROUPED_LATE,
     together(snap("fmt0", "")),
     together(snap("fmt0", "t1")),
     backup("j", "nope", "n1"),
@@ -139,6 +141,7 @@ REQUESTS = [
     backup("j", "n0", "n1", bitmap="x"),
     backup("j", "n0", "n1", compress=True),
     backup("j", "n0", "ro"),
+    backup("j", "n0", "n1", speed=-1),
     backup("j", "n0", "n1", bogus=1),
     backup("all", "n0", "n1"),
     JOBS,
@@ -241,7 +244,7 @@ def held(lines: Lines, version: str) -> tuple[list[Any], dict[str, list[str]], d
     dialogue = Dialogue(lines)
     for request in REQUESTS:
         # 7.2 has other words for these.
-        if version == "10.0" or request not in (GROUPED_ABORT, GROUPED_SNAPSHOT):
+        if version == "10.0" or request not in (GROUPED_ABORT, GROUPED_SNAPSHOT, GROUPED_LATE):
             dialogue.hold(request)
     return dialogue.replies, dialogue.events, names(lines)
 

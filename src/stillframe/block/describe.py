@@ -76,9 +76,10 @@ def node_filename(node: Node, graph: BlockGraph) -> str:
         return "null-co://" if set(options.settings) <= {"latency-ns"} else _json_name(node, graph)
     if file is None:
         return node.info().filename
-    if options.settings or file.children or _is_backing_overridden(node, graph):
+    below = node_filename(file, graph)
+    if options.settings or file.children or below.startswith("json:") or _is_backing_overridden(node, graph):
         return _json_name(node, graph)
-    return node_filename(file, graph)
+    return below
 
 
 def named_block_node_json(node: Node, graph: BlockGraph) -> dict[str, Any]:
@@ -111,6 +112,8 @@ def named_block_node_json(node: Node, graph: BlockGraph) -> dict[str, Any]:
 
 def _image_json(node: Node, graph: BlockGraph) -> dict[str, Any]:
     shown = image_info_json(node.info())
+    if _at_the_bottom(node).driver == "null-co":
+        shown.pop("dirty-flag", None)
     bottom = shown["filename"]
     shown["filename"] = node_filename(node, graph)
     if "backing-filename" in shown:
@@ -119,6 +122,11 @@ def _image_json(node: Node, graph: BlockGraph) -> dict[str, Any]:
     if backing is not None:
         shown["backing-image"] = _image_json(backing, graph)
     return shown
+
+
+def _at_the_bottom(node: Node) -> Node:
+    """Where a raw node's bytes are."""
+    return _at_the_bottom(node.children["file"]) if node.driver == "raw" else node
 
 
 def _backing_depth(node: Node) -> int:

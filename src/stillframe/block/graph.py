@@ -28,7 +28,7 @@ from stillframe.block.permissions import (
     Permissions,
 )
 from stillframe.block.structure import Edge, Entry, Structure, close_node
-from stillframe.errors import AlreadyExists, InUse, InvalidRequest, NotFound, StillframeError
+from stillframe.errors import AlreadyExists, InUse, InvalidRequest, NotFound, Refused, StillframeError
 
 
 class NodeUse:
@@ -62,7 +62,7 @@ class BlockGraph:
         self._change = threading.RLock()
         self._structure = Structure()
         self._uses: dict[NodeUse, Callable[[], None]] = {}
-        self._drives: dict[str, Node] = {}
+        self._drives: dict[str, Node | None] = {}
 
     # What is there.
 
@@ -72,15 +72,21 @@ class BlockGraph:
         return entry.node if entry else None
 
     def find(self, node_name: str) -> Node:
-        """The node of that name, or of the drive of that name. :raise NotFound: there is none."""
+        """The node of that name, or of the drive of that name. :raise NotFound: there is none. :raise Refused: an empty drive's."""
         node = self.get(node_name) or self._drives.get(node_name)
         if node is None:
+            if node_name in self._drives:
+                raise Refused(f"Device '{node_name}' has no medium")
             raise NotFound(f"Cannot find device='{node_name}' nor node-name='{node_name}'")
         return node
 
     def drive_of(self, node: Node) -> str | None:
         """The name of the drive that the node was opened as; None where it was none."""
         return next((name for name, found in self._drives.items() if found is node), None)
+
+    def drives(self) -> tuple[tuple[str, Node | None], ...]:
+        """All of them, the oldest first: their names and nodes; None for an empty one."""
+        return tuple(self._drives.items())
 
     def nodes(self) -> tuple[Node, ...]:
         """All of them, the newest first."""
@@ -115,20 +121,22 @@ class BlockGraph:
         with self._change:
             return open_tree(self._structure, options)
 
-    def drive_add(self, name: str, options: NodeOptions) -> Node:
+    def drive_add(self, name: str, options: NodeOptions | None) -> None:
         """Open a node as QEMU's `-drive` does: by a name of its own beside the node's, and for as long as the graph is there.
 
+        :param options: None for a drive with nothing in it.
         :raise AlreadyExists: a drive or a node has that name; otherwise as `blockdev_add`.
         """
         with self._change:
             if name in self._drives:
                 raise AlreadyExists(f"Device with id '{name}' already exists")
-            if self.get(name) is not None:
+            if self.get(name) is not None or (options is not None and options.node_name == name):
                 raise AlreadyExists(f"Device name '{name}' conflicts with an existing node name")
-            node = open_tree(self._structure, options)
+            node = None if options is None else open_tree(self._structure, options)
             self._drives[name] = node
-            self._entry(node).holders.append(name)
-            return node
+            self._structure.reserved.add(name)
+            if node is not None:
+                self._entry(node).holders.append(name)
 
     def blockdev_del(self, node_name: str) -> None:
         """Close a node that `blockdev_add` opened, and what only it stood on.

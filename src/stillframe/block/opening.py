@@ -192,8 +192,13 @@ def _open_format(structure: Structure, entry: Entry, settled: _Inherited, above:
     file = _child(structure, entry, "file", replace(settled, discard=True), above)
     if file is None:
         raise InvalidRequest("Parameter 'file' is missing")
+    try:
+        structure.list_entry(entry)
+    except BaseException:
+        if not isinstance(entry.options.children["file"], str):
+            structure.drop(file)
+        raise
     structure.connect(Edge(file, "file", parent=entry))
-    structure.list_entry(entry)
     bytes_below = _node_of(file)
     if entry.options.driver == "raw":
         settings = entry.options.settings

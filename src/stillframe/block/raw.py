@@ -111,6 +111,9 @@ class RawNode(Node):
             format="raw",
             virtual_size=self.size,
             actual_size=file.actual_size,
+            cluster_size=file.cluster_size,
+            dirty=file.dirty,
+            snapshots=file.snapshots,
             children=(("file", file),),
         )
 

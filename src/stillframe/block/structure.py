@@ -71,9 +71,11 @@ class Structure:
     """All entries and edges.
 
     :ivar entries: by name, the oldest first; replaced at each change, so that it can be read at any time.
+    :ivar reserved: names that are not to be given to nodes.
     """
 
     def __init__(self) -> None:
+        self.reserved: set[str] = set()
         self.entries: dict[str, Entry] = {}
         self._next_number = 0
 
@@ -97,6 +99,8 @@ class Structure:
                 f"Invalid node-name: '{name}'",
                 remedy="A name is a letter, then letters, digits, '-', '.' and '_'.",
             )
+        if name in self.reserved:
+            raise AlreadyExists(f"node-name={name} is conflicting with a device id")
         if len(name) > _MAX_NODE_NAME:
             raise InvalidRequest("Node name too long", remedy=f"It has at most {_MAX_NODE_NAME} bytes.")
         if name in self.entries:

@@ -34,7 +34,7 @@ def main() -> None:
     except StillframeError as error:
         for line in str(error).splitlines():
             # QEMU's hints are lines of their own, without the program's name.
-            hint = line.startswith(("Use -", "Optional suffix", "and exabytes"))
+            hint = line.startswith(("Use -", "Optional suffix", "and exabytes", "Identifiers consist"))
             print(line if hint else f"{PROGRAM}: {line}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
@@ -82,7 +82,7 @@ def _run_options(wishes: Wishes) -> RunOptions:
     disks += [
         DeviceOptions("virtio-blk", {**drive.policy, "drive": drive.name})
         for drive in wishes.drives
-        if drive.bus == "virtio" and drive.name
+        if drive.bus == "virtio"
     ]
     for option, path in (("kernel", wishes.kernel), ("bios", wishes.bios)):
         if path is not None and not path.exists():
@@ -96,6 +96,7 @@ def _run_options(wishes: Wishes) -> RunOptions:
     nothing = wishes.board == "virt" and wishes.kernel is None and wishes.bios is None
     return RunOptions(
         name=wishes.name,
+        uuid=wishes.uuid,
         board=wishes.board,
         memory=wishes.memory,
         kernel=wishes.kernel,
@@ -132,6 +133,9 @@ def _add_nodes(graph: "BlockGraph", wishes: Wishes) -> None:
             graph.blockdev_add(_node_options(option.value))
     for drive in wishes.drives:
         with _naming(drive.option):
+            if not drive.node:
+                graph.drive_add(drive.name, None)
+                continue
             words = _with_driver(drive)
             text = ",".join(f"{key}={value.replace(',', ',,')}" for key, value in words.items())
             try:
@@ -139,12 +143,16 @@ def _add_nodes(graph: "BlockGraph", wishes: Wishes) -> None:
             except InvalidRequest as error:
                 if str(error) == f"Parameter 'driver' does not accept value '{words['driver']}'":
                     raise InvalidRequest(f"Unknown driver '{words['driver']}'") from error
+                if str(error) == "Parameter 'file' is missing":
+                    raise InvalidRequest('A block device must be specified for "file"') from error
                 raise
-            graph.drive_add(drive.name or "", parsed)
+            graph.drive_add(drive.name, parsed)
     for device in wishes.devices:
         name = device.options.options.get("drive")
         if name is not None:
             with _naming(device.option):
+                if name in [drive for drive, node in graph.drives() if node is None]:
+                    raise InvalidRequest("Device needs media, but drive is empty")
                 try:
                     graph.find(name)
                 except StillframeError:

@@ -1,6 +1,6 @@
 """What a command line of QEMU's asks for, as far as our machine has the thing; the rest is refused in QEMU's words."""
 
-import uuid
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,20 +18,22 @@ _DRIVE_WORDS = frozenset(
     {"if", "id", "file", "format", "driver", "readonly", "media", "unit", "index", "werror", "rerror"}
 )
 _MAX_SHIFT = 10
+_IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
 @dataclass(frozen=True, slots=True)
 class Drive:
     """A `-drive`.
 
-    :param name: the drive's, beside its node's; None for a pflash bank without one.
+    :param name: the drive's, beside its node's.
     :param bus: "none", "virtio" or "pflash".
-    :param node: the node's options, by their dotted keys.
+    :param node: the node's options, by their dotted keys; none for an empty drive.
     :param policy: "werror" and "rerror", where given.
     :param option: as it was given, for errors.
     """
 
-    name: str | None
+    name: str
     bus: str
     node: Mapping[str, str]
     policy: Mapping[str, str]
@@ -67,6 +69,7 @@ class Wishes:
     board: str = "virt"
     memory: int = 128 << 20
     name: str | None = None
+    uuid: str | None = None
     kernel: Path | None = None
     initrd: Path | None = None
     append: str = ""
@@ -210,11 +213,9 @@ def _name(wishes: Wishes, option: Option) -> None:
 
 
 def _uuid(wishes: Wishes, option: Option) -> None:
-    """Read, and kept nowhere: no command shows it."""
-    try:
-        uuid.UUID(option.value)
-    except ValueError:
-        raise option.refused("failed to parse UUID string: wrong format") from None
+    if not _UUID.fullmatch(option.value):
+        raise option.refused("failed to parse UUID string: wrong format")
+    wishes.uuid = option.value.lower()
 
 
 def _drive(wishes: Wishes, option: Option) -> None:
@@ -226,14 +227,13 @@ def _drive(wishes: Wishes, option: Option) -> None:
         raise option.refused(f"unsupported bus type '{bus}'")
     driver = words.get("format") or words.get("driver")
     node = {key: value for key, value in words.items() if key not in _DRIVE_WORDS}
-    if "file" not in words and not node and driver is None:
-        # An empty drive of a guest that has nowhere to put a medium.
-        return
     if driver is not None:
         node = {"driver": driver, **node}
     if "file" in words:
         node |= {"file.driver": "file", "file.filename": words["file"]}
-    if "readonly" in words and switch(option, "read-only", words["readonly"]):
+    if not node:
+        _refuse_empty(option, bus)
+    elif "readonly" in words and switch(option, "read-only", words["readonly"]):
         node["read-only"] = "on"
     if bus == "pflash":
         bank = words.get(
@@ -242,8 +242,23 @@ def _drive(wishes: Wishes, option: Option) -> None:
         wishes.flash[f"pflash{bank}"] = name = words.get("id", f"pflash{bank}")
     else:
         name = words.get("id", f"{bus}{sum(drive.bus == bus for drive in wishes.drives)}")
+    if not _IDENTIFIER.fullmatch(name):
+        raise option.refused(
+            "Parameter 'id' expects an identifier\n"
+            "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."
+        )
+    if "id" in words and any(drive.name == name for drive in wishes.drives):
+        raise option.refused(f"Duplicate ID '{name}' for drive")
     policy = {key: value for key, value in words.items() if key in ("werror", "rerror")}
     wishes.drives.append(Drive(name, bus, node, policy, option))
+
+
+def _refuse_empty(option: Option, bus: str) -> None:
+    """A device of the guest's cannot be without a medium; a drive that waits for none can."""
+    if bus == "virtio":
+        raise option.refused("Device needs media, but drive is empty")
+    if bus == "pflash":
+        raise BadOption("can't get size of pflash0 block backend: No medium found")
 
 
 def _disk_image(wishes: Wishes, option: Option) -> None:

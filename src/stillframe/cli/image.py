@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from stillframe.block.listing import image_lines
 from stillframe.cli.image_compare import compare
 from stillframe.cli.image_convert import convert
 from stillframe.cli.image_create import create
@@ -18,8 +19,9 @@ from stillframe.cli.image_open import (
 from stillframe.cli.image_recover import recover, tell_unfinished
 from stillframe.cli.image_resize import resize
 from stillframe.cli.image_serve import serve
-from stillframe.cli.image_snapshot import snapshot, snapshot_lines
-from stillframe.cli.present import format_size, print_json, printable
+from stillframe.cli.image_snapshot import snapshot
+from stillframe.cli.present import print_json
+from stillframe.text import format_size, printable
 
 if TYPE_CHECKING:
     from stillframe.block.node import ImageInfo, Node
@@ -82,33 +84,9 @@ def info(kind: str | None, force_share: bool, backing_chain: bool, as_json: bool
 
 
 def _info_lines(info: "ImageInfo") -> Iterator[str]:
-    from stillframe.block.describe import shown_size
-    from stillframe.block.opening import full_backing_name
+    from stillframe.block.describe import image_info_json, shown_size
 
-    size = shown_size(info)
-    yield f"image: {printable(info.filename)}"
-    yield f"file format: {info.format}"
-    yield f"virtual size: {format_size(size)} ({size} bytes)"
-    yield f"disk size: {'unavailable' if info.actual_size is None else format_size(info.actual_size)}"
-    if info.encrypted:
-        yield "encrypted: yes"
-    if info.cluster_size is not None:
-        yield f"cluster_size: {info.cluster_size}"
-    if info.dirty:
-        yield "cleanly shut down: no"
-    if info.backing_filename is not None:
-        full = full_backing_name(info.filename, info.backing_filename)
-        actual = "" if full == info.backing_filename else f" (actual path: {printable(full)})"
-        yield f"backing file: {printable(info.backing_filename)}{actual}"
-    if info.backing_format is not None:
-        yield f"backing file format: {printable(info.backing_format)}"
-    if info.snapshots:
-        yield from snapshot_lines(info.snapshots)
-    if info.format_specific is not None and info.format_specific["data"]:
-        yield "Format specific information:"
-        for name, value in info.format_specific["data"].items():
-            shown = str(value).lower() if isinstance(value, bool) else str(value)
-            yield f"    {name.replace('-', ' ')}: {printable(shown)}"
+    yield from image_lines(image_info_json(info), info.snapshots)
     for role, child in info.children:
         length = shown_size(child)
         yield f"Child node '/{role}':"

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 import click
 
 from stillframe.cli.image_open import FORMATS, force_share_option, opened, progress_option, quiet_option
-from stillframe.cli.present import print_error, print_json, printable
+from stillframe.cli.present import print_error, print_json
 from stillframe.cli.progress import work_progress
 from stillframe.errors import StillframeError
+from stillframe.text import printable
 
 if TYPE_CHECKING:
     from stillframe.block.compare import Comparison

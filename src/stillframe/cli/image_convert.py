@@ -15,9 +15,10 @@ from stillframe.cli.image_open import (
     progress_option,
     quiet_option,
 )
-from stillframe.cli.present import printable, read_size
+from stillframe.cli.present import read_size
 from stillframe.cli.progress import work_progress
 from stillframe.errors import Failed, InvalidRequest, NotFound, Unsupported
+from stillframe.text import printable
 
 if TYPE_CHECKING:
     from stillframe.block.node import Node

@@ -5,8 +5,9 @@ from typing import Any
 import click
 
 from stillframe.cli.image_open import FORMATS, opened, quiet_option
-from stillframe.cli.present import format_size, parse_size, printable, read_size
+from stillframe.cli.present import parse_size, read_size
 from stillframe.errors import InvalidRequest, Unsupported
+from stillframe.text import format_size, printable
 
 IMAGE_OPTIONS = """\
 OPTIONS OF THE NEW IMAGE, as -o NAME=VALUE[,NAME=VALUE]

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stillframe.cli.image_open import force_share_option, format_option, opened
-from stillframe.cli.present import printable, read_size
+from stillframe.cli.present import read_size
 from stillframe.errors import Unsupported
+from stillframe.text import printable
 
 if TYPE_CHECKING:
     from stillframe.block.node import Node

@@ -8,8 +8,9 @@ import click
 
 from stillframe.cli.image_open import probed
 from stillframe.cli.main import EXIT_FAILED
-from stillframe.cli.present import print_json, printable
+from stillframe.cli.present import print_json
 from stillframe.errors import Unsupported
+from stillframe.text import printable
 
 if TYPE_CHECKING:
     from stillframe.block.node import SnapshotStore

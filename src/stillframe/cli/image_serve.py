@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import click
 
 from stillframe.cli.image_open import force_share_option, format_option, probed
-from stillframe.cli.present import printable
 from stillframe.errors import InvalidRequest
+from stillframe.text import printable
 
 if TYPE_CHECKING:
     import socket

@@ -1,15 +1,16 @@
 """`stillframe image snapshot`: the snapshots inside an image, without a machine."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
+from stillframe.block.listing import snapshot_table
 from stillframe.cli.image_open import force_share_option, format_option, opened, probed
 from stillframe.cli.image_recover import tell_unfinished
-from stillframe.cli.present import format_clock, format_date, format_size, print_json, printable
+from stillframe.cli.present import print_json
 from stillframe.errors import AlreadyExists, InvalidRequest, NotFound, Unsupported
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def list_snapshots(kind: str | None, force_share: bool, as_json: bool, image_fil
     if as_json:
         print_json([snapshot_info_json(each) for each in found])
     elif found:
-        click.echo("\n".join(snapshot_lines(found)))
+        click.echo("\n".join(["Snapshot list:", *snapshot_table(found)]))
 
 
 @snapshot.command("create")
@@ -83,7 +84,7 @@ def create_snapshot(kind: str | None, image_file: str, tag: str) -> None:
         record = SnapshotRecord(tag, date_sec, date_nsec, lineage=lineage)
         with frozen_nodes() as frozen:
             frozen.freeze([of_image])
-            step = frozen.step(node.node_name, record)
+            step = frozen.step(of_image, record)
             with all_or_none([replace(step, failing=f"Could not create snapshot '{tag}'")]):
                 pass
 
@@ -171,23 +172,3 @@ def _chosen(of_image: "SnapshotNode", file: str, tag: str, *, by_id: bool) -> "S
             remedy="Name one by its id, with --id.",
         )
     return found[0]
-
-
-def snapshot_lines(snapshots: "Sequence[SnapshotInfo]") -> Iterator[str]:
-    """QEMU's table of snapshots, as its 10.0 prints it."""
-    yield "Snapshot list:"
-    yield _snapshot_line("ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT")
-    for each in snapshots:
-        yield _snapshot_line(
-            each.id,
-            each.name,
-            format_size(each.state_size),
-            format_date(each.date_sec),
-            format_clock(each.vm_clock_ns),
-            "--" if each.icount is None else str(each.icount),
-        )
-
-
-def _snapshot_line(number: str, tag: str, size: str, date: str, clock: str, icount: str) -> str:
-    number, tag = printable(number), printable(tag)
-    return f"{number:<7} {tag:<16} {size:>8} {date:>19} {clock:>15} {icount:>10}"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from stillframe.cli.present import printable
+from stillframe.text import printable
 
 if TYPE_CHECKING:
     from stillframe.client import ProgressListener

@@ -132,6 +132,7 @@ class RunOptions:
 
     :param algorithm: :param stale_percent: see `KeepingOptions`. :param entropy: whether there is a virtio-rng device.
     :param loadvm: the snapshot to begin with.
+    :param uuid: the machine's.
     """
 
     name: str | None
@@ -160,3 +161,4 @@ class RunOptions:
     stale_percent: int = 50
     entropy: bool = True
     loadvm: str | None = None
+    uuid: str | None = None

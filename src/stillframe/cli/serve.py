@@ -128,7 +128,7 @@ async def _serve(
         machine = _built(options, graph, console, events, home)
         stack.callback(machine.close)
         keeping = KeepingOptions(options.algorithm, options.stale_percent / 100)
-        host = Host(machine, graph, Jobs(events), events, keeping)
+        host = Host(machine, graph, Jobs(events), events, keeping, options.uuid)
         begun = asyncio.Event()
         server = MonitorServer(host, begun=begun)
         try:

@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 
 import click
 
-from stillframe.cli.present import format_date, format_size, printable, read_size, table
+from stillframe.cli.present import read_size, table
 from stillframe.cli.progress import progress_bar
 from stillframe.cli.selection import Selection, describe, select_for_save, select_with_tag
 from stillframe.cli.target import converse, qmp_option, split_words
 from stillframe.client import Client, JobState, ProgressListener
+from stillframe.text import format_date, format_size, printable
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

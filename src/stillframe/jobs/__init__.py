@@ -144,10 +144,16 @@ class Jobs:
         """
         self.check_new_id(id)
         job = Job(id, type, body, None, hooks, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss)
-        job.speed, job.total, job.group = _checked_speed(speed), total, group
+        job.total, job.group = total, group
         with self._changed:
             self.check_new_id(id)
             self._enter(job)
+            try:
+                job.speed = _checked_speed(speed)
+            except InvalidRequest:
+                # Only now, and in events: so does QEMU.
+                self._dismiss(job)
+                raise
             if group is not None:
                 group.jobs.append(job)
         return job

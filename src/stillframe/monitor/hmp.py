@@ -4,17 +4,16 @@ A line is a command's name and its words, divided by white space; a word in doub
 \\n \\r \\\\ \\' \\" as escapes. Errors are printed as `Error: ...`. Lines end in CR LF.
 """
 
-import math
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from stillframe.block.node import SnapshotInfo
+from stillframe.block.listing import snapshot_table
 from stillframe.errors import NotFound, StillframeError
 from stillframe.jobs import JobContext
 from stillframe.machine.run_state import RunState
 from stillframe.monitor.host import Host
+from stillframe.monitor.human_block import info_block, info_block_jobs
 from stillframe.monitor.session import VERSION
 
 Action = Callable[[Host, Sequence[str]], str]
@@ -26,6 +25,7 @@ class HumanCommand:
 
     :param names: the first is the command's, the others stand for it.
     :param words: what it takes, as (what is expected, whether it may be missing).
+    :param flags: what may stand before them, in this order, as "-n"; those that do are among the words.
     :param usage: the words as `help` shows them.
     :param text: what it does.
     """
@@ -35,6 +35,7 @@ class HumanCommand:
     usage: str
     text: str
     words: tuple[tuple[str, bool], ...] = ()
+    flags: tuple[str, ...] = ()
 
     @property
     def help_line(self) -> str:
@@ -111,6 +112,13 @@ def _word(text: str) -> tuple[str | None, str]:
 
 def _words(command: HumanCommand, rest: str) -> list[str]:
     words = []
+    for flag in command.flags:
+        rest = rest.lstrip()
+        if rest.startswith(flag):
+            words.append(flag)
+            rest = rest.removeprefix(flag)
+        elif rest.startswith("-") and rest[:2] not in command.flags:
+            raise _BadWords(f"unsupported option {rest[:2]}")
     for expected, optional in command.words:
         if not rest.strip():
             if optional:
@@ -132,30 +140,6 @@ def _help(commands: Mapping[str, HumanCommand], prefix: str = "") -> str:
 # Snapshots
 
 
-def size_text(size: int) -> str:
-    """Bytes as QEMU prints them: three digits and a binary unit, as `3.96 MiB`."""
-    power = max(0, (math.frexp(size / (1000.0 / 1024.0))[1] - 1) // 10)
-    return f"{size / (1 << power * 10):.3g} {['', 'Ki', 'Mi', 'Gi', 'Ti', 'Pi', 'Ei'][power]}B"
-
-
-def snapshot_table(snapshots: Iterable[SnapshotInfo], *, with_ids: bool) -> list[str]:
-    """The lines of QEMU's table of snapshots, the head included.
-
-    :param with_ids: without them `--` stands in their place: the images have ids of their own.
-    """
-    lines = [f"{'ID':7} {'TAG':16} {'VM_SIZE':>8} {'DATE':>19} {'VM_CLOCK':>15} {'ICOUNT':>10}"]
-    for each in snapshots:
-        date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.date_sec))
-        seconds, rest = divmod(each.vm_clock_ns, 1_000_000_000)
-        clock = f"{seconds // 3600:04}:{seconds // 60 % 60:02}:{seconds % 60:02}.{rest // 1_000_000:03}"
-        icount = "--" if each.icount is None else str(each.icount)
-        lines.append(
-            f"{each.id if with_ids else '--':7} {each.name:16} {size_text(each.state_size):>8} {date:>19} "
-            f"{clock:>15} {icount:>10}"
-        )
-    return lines
-
-
 def _info_snapshots(host: Host, words: Sequence[str]) -> str:
     try:
         listing = host.snapshots.listing()
@@ -167,7 +151,7 @@ def _info_snapshots(host: Host, words: Sequence[str]) -> str:
     lines += snapshot_table(listing.common, with_ids=False) if listing.common else ["None"]
     for name, snapshots in listing.partial:
         lines += ["", f"List of partial (non-loadable) snapshots on '{name}':"]
-        lines += snapshot_table(snapshots, with_ids=True)
+        lines += snapshot_table(snapshots)
     return "".join(f"{line}\r\n" for line in lines)
 
 
@@ -218,22 +202,17 @@ def _info_name(host: Host, words: Sequence[str]) -> str:
     return "" if host.name is None else f"{host.name}\r\n"
 
 
+def _info_uuid(host: Host, words: Sequence[str]) -> str:
+    return f"{host.uuid()}\r\n"
+
+
+def _info_replay(host: Host, words: Sequence[str]) -> str:
+    return "Record/replay is not active\r\n"
+
+
 def _info_version(host: Host, words: Sequence[str]) -> str:
     qemu = VERSION.qemu
     return f"{qemu.major}.{qemu.minor}.{qemu.micro}{VERSION.package}\r\n"
-
-
-def _info_block(host: Host, words: Sequence[str]) -> str:
-    blocks = []
-    for disk in host.machine.disks:
-        info = host.graph.find(disk.node_name).info()
-        lines = [
-            f"{disk.node_name}: {info.filename} ({info.format}{'' if disk.writable else ', read-only'})",
-            f"    Attached to:      {disk.device_id}",
-            "    Cache mode:       writeback",
-        ]
-        blocks.append("".join(f"{line}\r\n" for line in lines))
-    return "\r\n".join(blocks)
 
 
 def _stop(host: Host, words: Sequence[str]) -> str:
@@ -276,6 +255,7 @@ def _show_help(host: Host, words: Sequence[str]) -> str:
 _STRING: Final = ("string", False)
 _MAYBE: Final = ("string", True)
 _DEVICE: Final = ("block device name", False)
+_MAYBE_DEVICE: Final = ("block device name", True)
 
 
 def _table(*commands: HumanCommand) -> dict[str, HumanCommand]:
@@ -283,10 +263,20 @@ def _table(*commands: HumanCommand) -> dict[str, HumanCommand]:
 
 
 INFO: Final = _table(
-    HumanCommand(("block",), _info_block, "", "show info of all block devices"),
+    HumanCommand(
+        ("block",),
+        info_block,
+        "[-n] [-v] [device]",
+        "show one or all drives and devices; -n: nodes; -v: their images, too",
+        (_MAYBE_DEVICE,),
+        ("-n", "-v"),
+    ),
+    HumanCommand(("block-jobs",), info_block_jobs, "", "show how far block jobs are"),
     HumanCommand(("name",), _info_name, "", "show the current VM name"),
     HumanCommand(("snapshots",), _info_snapshots, "", "show the currently saved VM snapshots"),
     HumanCommand(("status",), _info_status, "", "show the current VM status (running|paused)"),
+    HumanCommand(("replay",), _info_replay, "", "show record and replay: there is none"),
+    HumanCommand(("uuid",), _info_uuid, "", "show the current VM UUID"),
     HumanCommand(
         ("version",), _info_version, "", "show the version of QEMU that is spoken, and who speaks it"
     ),

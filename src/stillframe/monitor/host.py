@@ -12,12 +12,15 @@ from stillframe.machine.machine import Machine
 from stillframe.snapshots.keeping import KeepingOptions
 from stillframe.snapshots.machine_snapshots import MachineSnapshots
 
+_NO_UUID = "00000000-0000-0000-0000-000000000000"
+
 
 @dataclass(slots=True, eq=False)
 class Host:
     """One of a process.
 
     :param keeping: how states are kept.
+    :param own_uuid: the machine's UUID, where it was given one.
     :ivar snapshots: the machine's; what changes them runs on its queue, as a job or inside
         `Jobs.run_internal`.
     :ivar exports: the nodes that are served to other processes.
@@ -28,6 +31,7 @@ class Host:
     jobs: Jobs
     events: EventBus
     keeping: KeepingOptions = field(default_factory=KeepingOptions)
+    own_uuid: str | None = None
     snapshots: MachineSnapshots = field(init=False)
     exports: NodeExports = field(init=False)
     _over: threading.Event = field(default_factory=threading.Event, init=False)
@@ -40,6 +44,11 @@ class Host:
     def name(self) -> str | None:
         """As the user calls the machine."""
         return self.machine.name
+
+    def uuid(self) -> str:
+        """The machine's, all zeros for none; as whoever runs the guest knows it. :raise Failed: he does not answer."""
+        other = self.machine.other_monitor
+        return (self.own_uuid or _NO_UUID) if other is None else str(other.execute("query-uuid", {})["UUID"])
 
     @property
     def over(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from stillframe.monitor import hmp
 from stillframe.monitor.host import Host
-from stillframe.monitor.session import VERSION
+from stillframe.monitor.session import DEAF_SECONDS, VERSION
 from stillframe.monitor.streams import Stream
 
 _log = logging.getLogger(__name__)
@@ -79,6 +79,8 @@ class HumanSession:
                 return
             for character in data.decode("utf-8", "replace"):
                 typed += 1
+                if self._stream.unsent:
+                    await self._stream.drain_or_close(DEAF_SECONDS, self._who)
                 if character not in _ENTER:
                     self._say(line.type(character))
                     continue
@@ -88,7 +90,6 @@ class HumanSession:
                     return
                 line = Line()
                 self._say(PROMPT)
-            await self._stream.drain()
 
     async def _obey(self, text: str) -> None:
         try:

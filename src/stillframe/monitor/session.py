@@ -1,8 +1,8 @@
 """One client of a monitor: greeting, negotiation, then commands one at a time, with events in between.
 
 Until a command is answered nothing more is read, and nothing is read either while what was answered has not
-been taken: a client that does not read its replies stops itself. Events cannot wait like that; a client with
-too much of them unread loses its connection.
+been taken: a client that does not read its replies stops itself, and loses its connection when it has taken nothing of them for
+long. Events cannot wait like that; a client with too much of them unread loses its connection.
 
 A client that has negotiated `oob` is read from while a command is at work:
 
@@ -34,6 +34,8 @@ from stillframe.monitor.visitor import check_arguments
 _log = logging.getLogger(__name__)
 
 MAX_UNSENT_BYTES: Final = 8 << 20
+"""Of events; the reply that a client has asked for does not count."""
+DEAF_SECONDS: Final = 60.0
 MAX_QUEUED: Final = 8
 """Requests that wait behind the one at work, of a client with `oob`; QEMU's number."""
 
@@ -106,6 +108,7 @@ class Session:
         self._who = who
         self._negotiated = False
         self._has_oob = False
+        self._owed = 0
 
     def greet(self) -> None:
         """Say who speaks."""
@@ -168,8 +171,12 @@ class Session:
             await asyncio.sleep(0)
 
     async def _serve(self, message: Any) -> None:
-        self._stream.write(wire.encode(await self._answer(message)))
-        await self._stream.drain()
+        reply = wire.encode(await self._answer(message))
+        self._owed += len(reply)
+        self._stream.write(reply)
+        if self._stream.unsent:
+            await self._stream.drain_or_close(DEAF_SECONDS, self._who)
+        self._owed -= len(reply)
 
     async def finish(self, seconds: float) -> None:
         """Close once everything was taken, or `seconds` have passed."""
@@ -179,7 +186,7 @@ class Session:
         """Send an event, as `event_message` made it, if the client is ready for events."""
         if not self._negotiated:
             return
-        if self._stream.unsent > MAX_UNSENT_BYTES:
+        if self._stream.unsent - self._owed > MAX_UNSENT_BYTES:
             _log.warning("%s does not read its events: connection closed", self._who)
             self._stream.close()
             return

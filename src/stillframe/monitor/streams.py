@@ -29,6 +29,11 @@ class Stream(ABC):
     def unsent(self) -> int:
         """Bytes that `write` took and the other end has not."""
 
+    @property
+    @abstractmethod
+    def taken(self) -> int:
+        """Bytes that the other end has taken since the beginning."""
+
     @abstractmethod
     async def drain(self) -> None:
         """Wait until little is unsent."""
@@ -40,6 +45,20 @@ class Stream(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give up what is unsent."""
+
+    async def drain_or_close(self, seconds: float, who: str) -> None:
+        """Wait until little is unsent; close if the other end takes nothing at all for `seconds`. :param who: for the log."""
+        taken = -1
+        while self.taken != taken:
+            taken = self.taken
+            try:
+                async with asyncio.timeout(seconds):
+                    await self.drain()
+                return
+            except TimeoutError:
+                continue
+        _log.warning("%s does not read: connection closed", who)
+        self.close()
 
     async def finish(self, seconds: float, who: str) -> None:
         """Close once everything was taken, or `seconds` have passed. :param who: for the log."""
@@ -57,6 +76,7 @@ class SocketStream(Stream):
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
+        self._written = 0
 
     async def read(self) -> bytes:
         try:
@@ -66,11 +86,16 @@ class SocketStream(Stream):
 
     def write(self, data: bytes) -> None:
         if not self._writer.transport.is_closing():
+            self._written += len(data)
             self._writer.write(data)
 
     @property
     def unsent(self) -> int:
         return self._writer.transport.get_write_buffer_size()
+
+    @property
+    def taken(self) -> int:
+        return self._written - self.unsent
 
     async def drain(self) -> None:
         try:
@@ -101,6 +126,7 @@ class StdioStream(Stream):
         self._wanted = threading.Semaphore(0)
         self._outgoing: deque[bytes] = deque()
         self._unsent = 0
+        self._taken = 0
         self._closed = False
         self._changed = threading.Condition()
         self._sent = asyncio.Event()
@@ -144,7 +170,9 @@ class StdioStream(Stream):
             try:
                 view = memoryview(data)
                 while view:
-                    view = view[os.write(self._write_to, view) :]
+                    count = os.write(self._write_to, view)
+                    self._taken += count
+                    view = view[count:]
             except OSError:
                 self._stop()
                 return
@@ -167,6 +195,10 @@ class StdioStream(Stream):
     @property
     def unsent(self) -> int:
         return self._unsent
+
+    @property
+    def taken(self) -> int:
+        return self._taken
 
     async def drain(self) -> None:
         if self._unsent > 16 * _PIECE:

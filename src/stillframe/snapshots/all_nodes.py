@@ -23,7 +23,7 @@ def included(graph: BlockGraph) -> tuple[SnapshotNode, ...]:
     nodes = [node for node in reversed(graph.nodes()) if not node.read_only]
     used = [node for node in nodes if graph.users(node)]
     roots = [node for node in nodes if node not in used and not graph.parents(node)]
-    return _each_image_once(snapshot_node(node) for node in (*used, *roots))
+    return _each_image_once(snapshot_node(graph, node) for node in (*used, *roots))
 
 
 def _each_image_once(nodes: Iterable[SnapshotNode]) -> tuple[SnapshotNode, ...]:
@@ -40,7 +40,7 @@ class Listing:
     """What `info snapshots` tells.
 
     :param common: snapshots of the first node whose names are on all nodes.
-    :param partial: for each node that has others, its name and those.
+    :param partial: for each node that has others, its drive's name or its own, and those.
     """
 
     common: tuple[SnapshotInfo, ...]
@@ -62,7 +62,11 @@ def listing(graph: BlockGraph) -> Listing:
         for node in reversed(graph.nodes())
         if not node.read_only and (graph.users(node) or not graph.parents(node))
     ]
-    able = [SnapshotNode(node, store) for node in writable if (store := node.snapshot_store) is not None]
+    able = [
+        SnapshotNode(node, store, graph.drive_of(node))
+        for node in writable
+        if (store := node.snapshot_store) is not None
+    ]
     able.sort(key=lambda node: not graph.users(node.node))
     nodes = _each_image_once(able)
     if not nodes:
@@ -72,11 +76,11 @@ def listing(graph: BlockGraph) -> Listing:
     if len(able) < len(writable):
         # A disk that keeps no snapshots has none of these.
         everywhere = set()
-    partial = {
-        name: tuple(found for found in table if found.name not in everywhere)
-        for name, table in tables.items()
-    }
+    partial = [
+        (node.called, tuple(found for found in tables[node.name] if found.name not in everywhere))
+        for node in nodes
+    ]
     return Listing(
         common=tuple(found for found in tables[nodes[0].name] if found.name in everywhere),
-        partial=tuple((name, table) for name, table in partial.items() if table),
+        partial=tuple((called, table) for called, table in partial if table),
     )

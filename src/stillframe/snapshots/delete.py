@@ -25,5 +25,5 @@ def _step(found: Found) -> Step:
     return Step(
         node.name,
         lambda: node.store.prepare_delete(snapshot),
-        f"Could not delete snapshot '{snapshot.name}' on '{node.name}'",
+        f"Could not delete snapshot '{snapshot.name}' on '{node.called}'",
     )

@@ -204,15 +204,15 @@ class FrozenNodes:
         """The pending snapshot of a node, to be given its machine state."""
         return self._pending[node_name]
 
-    def step(self, node_name: str, record: SnapshotRecord) -> Step:
+    def step(self, node: SnapshotNode, record: SnapshotRecord) -> Step:
         """The node's part in the commit of the group."""
 
         def prepare() -> Change:
-            change = self._pending[node_name].prepare(record)
-            del self._pending[node_name]
+            change = self._pending[node.name].prepare(record)
+            del self._pending[node.name]
             return change
 
-        return Step(node_name, prepare, f"Could not create snapshot '{record.name}' on '{node_name}'")
+        return Step(node.name, prepare, f"Could not create snapshot '{record.name}' on '{node.called}'")
 
     @property
     def _unprepared(self) -> Mapping[str, PendingSnapshot]:

@@ -14,15 +14,9 @@ from stillframe.snapshots.group import Step, all_or_none, frozen_nodes
 from stillframe.snapshots.selection import SnapshotNode, check_tag
 
 
-def _root(graph: BlockGraph, node: Node) -> SnapshotNode:
+def _refuse_below(graph: BlockGraph, node: Node) -> None:
     if graph.parents(node):
         raise Refused("Need a root block node", remedy="Name the node above it.")
-    store = node.snapshot_store
-    if store is None:
-        raise Unsupported(
-            f"Block format '{node.driver}' used by device '{node.node_name}' does not support internal snapshots"
-        )
-    return SnapshotNode(node, store)
 
 
 class Instant:
@@ -37,24 +31,28 @@ class Instant:
         self._graph = graph
         self._wanted: dict[str, tuple[SnapshotNode, str]] = {}
 
-    def add(self, node: Node, name: str) -> None:
-        """Snapshot the content of a node. :raise Refused: in QEMU's words."""
-        root = _root(self._graph, node)
+    def add(self, node: Node, device: str, name: str) -> None:
+        """Snapshot the content of a node. :param device: what it was called. :raise Refused: in QEMU's words."""
+        _refuse_below(self._graph, node)
+        if node.read_only:
+            raise Refused(f"Device '{device}' is read only")
+        store = node.snapshot_store
+        if store is None:
+            raise Unsupported(
+                f"Block format '{node.driver}' used by device '{device}' does not support internal snapshots"
+            )
         if not name:
             raise InvalidRequest("Name is empty")
         check_tag(name)
-        if node.read_only:
-            raise Refused(f"Device '{node.node_name}' is read-only and cannot take part in snapshots")
+        root = SnapshotNode(node, store, device)
         wanted = self._wanted.get(node.node_name)
         if root.named(name) is not None or (wanted is not None and wanted[1] == name):
             raise AlreadyExists(
-                f"Snapshot with name '{name}' already exists on device '{node.node_name}'",
+                f"Snapshot with name '{name}' already exists on device '{device}'",
                 remedy="Choose another name, or delete that snapshot first.",
             )
         if wanted is not None:
-            raise Refused(
-                f"Device '{node.node_name}' is listed twice", remedy="Make one snapshot of each device."
-            )
+            raise Refused(f"Device '{device}' is listed twice", remedy="Make one snapshot of each device.")
         self._wanted[node.node_name] = root, name
 
     def happen(self, also: Callable[[], None] = lambda: None) -> None:
@@ -83,33 +81,36 @@ class Instant:
             for (root, name), member in zip(self._wanted.values(), members, strict=True):
                 lineage = Lineage(member.snapshot, None, group, members)
                 record = SnapshotRecord(name, date_sec, date_nsec, vm_clock_ns, lineage=lineage)
-                failing = f"Failed to create snapshot '{name}' on device '{root.name}'"
-                steps.append(Step(root.name, frozen.step(root.name, record).prepare, failing))
+                failing = f"Failed to create snapshot '{name}' on device '{root.called}'"
+                steps.append(Step(root.name, frozen.step(root, record).prepare, failing))
             with all_or_none(steps, kind=GroupKind.SAVE):
                 pass
 
 
-def delete(graph: BlockGraph, node: Node, *, id: str | None, name: str | None) -> SnapshotInfo:
+def delete(graph: BlockGraph, node: Node, device: str, *, id: str | None, name: str | None) -> SnapshotInfo:
     """Delete one snapshot of one node, by id, by name, or by both.
 
+    :param device: what the node was called.
     :return: what was deleted. :raise InvalidRequest: neither id nor name.
     :raise NotFound: no snapshot fits what was given.
     """
-    root = _root(graph, node)
+    _refuse_below(graph, node)
     if id is None and name is None:
         raise InvalidRequest("Name or id must be provided")
-    for found in root.store.snapshots():
+    store = node.snapshot_store
+    if store is None:
+        raise Unsupported("Failed to get a snapshot list: Operation not supported")
+    for found in store.snapshots():
         if id in (None, found.id) and name in (None, found.name):
             break
     else:
         missing_id, missing_name = ("null" if given is None else given for given in (id, name))
         raise NotFound(
-            f"Snapshot with id '{missing_id}' and name '{missing_name}' does not exist on device "
-            f"'{node.node_name}'"
+            f"Snapshot with id '{missing_id}' and name '{missing_name}' does not exist on device '{device}'"
         )
     if node.read_only:
-        raise Refused(f"Device '{node.node_name}' is read-only")
-    failing = f"Could not delete snapshot '{found.name}' on '{node.node_name}'"
-    with all_or_none([Step(node.node_name, lambda: root.store.prepare_delete(found), failing)]):
+        raise Refused(f"Device '{device}' is read-only")
+    failing = f"Could not delete snapshot '{found.name}' on '{device}'"
+    with all_or_none([Step(node.node_name, lambda: store.prepare_delete(found), failing)]):
         pass
     return found

@@ -249,7 +249,7 @@ def _revert(found: Found) -> Step:
     return Step(
         node.name,
         lambda: node.store.prepare_revert(snapshot),
-        f"Could not load snapshot '{snapshot.name}' on '{node.name}'",
+        f"Could not load snapshot '{snapshot.name}' on '{node.called}'",
     )
 
 

@@ -150,7 +150,7 @@ class MachineSnapshots:
     def create_internal(self, device: str, name: str) -> None:
         """`blockdev-snapshot-internal-sync`. :param device: of the guest, or a node-name."""
         with self.instant() as (instant, find):
-            instant.add(find(device), name)
+            instant.add(find(device), device, name)
             instant.happen()
 
     @contextmanager
@@ -175,7 +175,7 @@ class MachineSnapshots:
         self.recover()
         node = self._graph.find(self.node_name(device))
         with self._graph.hold(node, "blockdev-snapshot-delete-internal-sync"):
-            return internal.delete(self._graph, node, id=id, name=name)
+            return internal.delete(self._graph, node, device, id=id, name=name)
 
     def node_name(self, device: str) -> str:
         """Of a device of the guest, or of the node itself."""

@@ -258,7 +258,7 @@ def commit_save(
         )
         for member in members
     }
-    steps = [frozen.step(node.name, records[node.name]) for node in (*selection.members, selection.state)]
+    steps = [frozen.step(node, records[node.name]) for node in (*selection.members, selection.state)]
     with all_or_none(steps, before_commit=context.point_of_no_return, kind=GroupKind.SAVE):
         pass
     return members[0].snapshot

@@ -18,15 +18,21 @@ MAXIMUM_NAME = 255
 
 @dataclass(frozen=True, slots=True)
 class SnapshotNode:
-    """A node that takes part in snapshots."""
+    """A node that takes part in snapshots. :param drive: the name of the drive that it was opened as, if it was one."""
 
     node: Node
     store: SnapshotStore
+    drive: str | None = None
 
     @property
     def name(self) -> str:
         """Its node-name."""
         return self.node.node_name
+
+    @property
+    def called(self) -> str:
+        """What people know it by: its drive's name, else its node-name."""
+        return self.drive or self.name
 
     def named(self, tag: str) -> SnapshotInfo | None:
         """Its first snapshot of that name; ids are never looked at (tags-match-by-name)."""
@@ -83,13 +89,13 @@ def check_tag(tag: str) -> None:
         raise InvalidRequest("A snapshot's name must not contain a NUL character")
 
 
-def snapshot_node(node: Node, called: str | None = None) -> SnapshotNode:
+def snapshot_node(graph: BlockGraph, node: Node) -> SnapshotNode:
     """A node as one that takes part in snapshots.
 
-    :param called: what to call it in a refusal, where that is not its node-name: a device.
     :raise Unsupported: its driver keeps no snapshots. :raise Refused: it is read-only.
     """
-    name = called or node.node_name
+    drive = graph.drive_of(node)
+    name = drive or node.node_name
     store = node.snapshot_store
     if store is None:
         raise Unsupported(
@@ -102,7 +108,7 @@ def snapshot_node(node: Node, called: str | None = None) -> SnapshotNode:
             f"Device '{name}' is read-only and cannot take part in snapshots",
             remedy="Leave it out of the list, or open it writable.",
         )
-    return SnapshotNode(node, store)
+    return SnapshotNode(node, store, drive)
 
 
 def listed(graph: BlockGraph, devices: Sequence[str]) -> tuple[SnapshotNode, ...]:
@@ -127,7 +133,7 @@ def listed(graph: BlockGraph, devices: Sequence[str]) -> tuple[SnapshotNode, ...
         if name in devices[:position]:
             # no-node-twice
             raise InvalidRequest(f"Block device node '{name}' is listed twice")
-    found = tuple(snapshot_node(node) for node in nodes)
+    found = tuple(snapshot_node(graph, node) for node in nodes)
     for position, each in enumerate(found):
         for other in found[:position]:
             if other.store is each.store:

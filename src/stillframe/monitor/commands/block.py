@@ -9,6 +9,7 @@ from msgspec import UNSET, UnsetType, field
 
 from stillframe.block import node as block
 from stillframe.block.describe import named_block_node_json, snapshot_info_json
+from stillframe.monitor.drives import fronts
 from stillframe.monitor.host import Host
 from stillframe.monitor.schema import Structure, command, event
 
@@ -111,21 +112,22 @@ class BlockDeviceInfo(Structure, kw_only=True):
 
 
 class BlockInfo(Structure, kw_only=True):
-    """A device of the guest with a node behind it.
+    """A drive, or a device of the guest with a node behind it.
 
-    :param device: the name of the drive, where the node was opened as one; else empty.
-    :param qdev: the device's own name.
-    :param io_status: `ok`; or `nospace` or `failed` while the guest is stopped for it.
-    :param inserted: the node.
+    :param device: the name of the drive; empty for the node of a device that is none.
+    :param qdev: the device's own name; absent for a drive that no device uses.
+    :param removable: whether no device uses it.
+    :param io_status: `ok`; or `nospace` or `failed` while the guest is stopped for it; absent for a drive that no device uses.
+    :param inserted: the node; absent for an empty drive.
     """
 
     device: str = ""
-    qdev: str
+    qdev: str | UnsetType = UNSET
     type: str = "unknown"
     removable: bool = False
     locked: bool = False
-    io_status: str
-    inserted: BlockDeviceInfo
+    io_status: str | UnsetType = UNSET
+    inserted: BlockDeviceInfo | UnsetType = UNSET
 
 
 class Flatness(Structure):
@@ -241,15 +243,16 @@ def query_named_block_nodes(host: Host, arguments: Flatness) -> list[BlockDevice
 
 @command("query-block")
 def query_block(host: Host) -> list[BlockInfo]:
-    """The guest's devices with a node behind them."""
+    """The drives, and the guest's devices with a node behind them that is none."""
     return [
         BlockInfo(
-            device=host.graph.drive_of(host.graph.find(disk.node_name)) or "",
-            qdev=disk.device_id,
-            io_status=disk.io_status(),
-            inserted=_node(host, host.graph.find(disk.node_name), flat=False),
+            device=front.drive,
+            qdev=UNSET if front.disk is None else front.disk.device_id,
+            removable=front.disk is None,
+            io_status=UNSET if front.disk is None else front.disk.io_status(),
+            inserted=UNSET if front.node is None else _node(host, front.node, flat=False),
         )
-        for disk in host.machine.disks
+        for front in fronts(host)
     ]
 
 

@@ -42,6 +42,12 @@ class NameInfo(Structure):
     name: str | msgspec.UnsetType = msgspec.UNSET
 
 
+class UuidInfo(Structure):
+    """:param uuid: the machine's; all zeros for none."""
+
+    uuid: str = msgspec.field(name="UUID")
+
+
 @event("STOP")
 class Stop(Structure):
     """The guest stands still."""
@@ -92,6 +98,12 @@ def query_status(host: Host) -> StatusInfo:
 def query_name(host: Host) -> NameInfo:
     """The machine's name."""
     return NameInfo() if host.name is None else NameInfo(host.name)
+
+
+@command("query-uuid")
+def query_uuid(host: Host) -> UuidInfo:
+    """The machine's UUID."""
+    return UuidInfo(host.uuid())
 
 
 @command("stop")

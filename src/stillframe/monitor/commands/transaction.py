@@ -154,6 +154,12 @@ def transaction(host: Host, arguments: Transaction) -> None:
     is_grouped = (
         not isinstance(properties, UnsetType) and properties.completion_mode is ActionCompletionMode.GROUPED
     )
+    for action in arguments.actions:
+        if is_grouped and not isinstance(action, BackupAction):
+            raise InvalidRequest(
+                f"Action '{type(action).__struct_config__.tag}' does not support transaction property "
+                "completion-mode = grouped"
+            )
     _transact(host, arguments.actions, JobGroup() if is_grouped else None)
 
 
@@ -170,7 +176,7 @@ def _transact(host: Host, actions: Sequence[AnyTransactionAction], group: JobGro
                 if isinstance(action, BackupAction):
                     _prepare_backup(host, action.data, find, group, begun, jobs)
                 else:
-                    _prepare(action, instant, find, group)
+                    _prepare(action, instant, find)
 
             def begin() -> None:
                 for backup in begun:
@@ -187,17 +193,11 @@ def _prepare(
     action: AbortAction | SnapshotAction,
     instant: Instant,
     find: Callable[[str], Node],
-    group: JobGroup | None,
 ) -> None:
-    if group is not None:
-        name = type(action).__struct_config__.tag
-        raise InvalidRequest(
-            f"Action '{name}' does not support transaction property completion-mode = grouped"
-        )
     if isinstance(action, AbortAction):
         raise Refused("Transaction aborted using Abort action")
     if isinstance(action, SnapshotAction):
-        instant.add(find(action.data.device), action.data.name)
+        instant.add(find(action.data.device), action.data.device, action.data.name)
     else:
         assert_never(action)
 
