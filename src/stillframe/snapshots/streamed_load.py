@@ -21,7 +21,7 @@ from uuid import UUID
 
 from stillframe.block.node import GroupKind
 from stillframe.block.open_state import OpenState
-from stillframe.errors import Unsupported, io_failed
+from stillframe.errors import StillframeError, Unsupported, io_failed
 from stillframe.machine.control import StoredState, StreamedMachine, Successor
 from stillframe.snapshots.context import AtRest, Context
 from stillframe.snapshots.group import all_or_none
