@@ -1,5 +1,6 @@
 """Shared by all tests: which QEMU a test is held against (see peers.py), and nothing of one family of tests alone."""
 
+import signal
 from collections.abc import Iterator
 from zlib import crc32
 
@@ -8,6 +9,10 @@ import pytest
 from peers import QEMU_VERSIONS, installed_versions, using
 
 pytest_plugins = ["stillframe.testing.plugin"]
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As in what a shell starts in the background. Programs that tests start and interrupt would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=QEMU_VERSIONS)
