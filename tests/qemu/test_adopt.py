@@ -1,5 +1,6 @@
 """A stillframe is killed, and another takes its machine over: nothing that the guest was told of is lost, or it does not go on."""
 
+import asyncio
 import os
 import subprocess
 import time
@@ -13,6 +14,7 @@ from qemu.killed import SmallMachine, listed, qemu_of, qemus_of, steps
 from qemu_guests import BEAT, GuestMachine, QemuGuest, check_image, versions
 from running import stillframe
 from stillframe.block.qcow2 import unflushed
+from stillframe.client import Client
 from stillframe.errors import StillframeError
 
 ROUNDS = int(os.environ.get("STILLFRAME_ADOPT_ROUNDS", "2"))
@@ -147,6 +149,47 @@ def test_qemu_of_a_machine_without_a_name_ends_with_us(tmp_path: Path, runtime: 
         while qemus_of(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.02)
+    (left,) = tmp_path.glob("stillframe.*")
+    with SmallMachine(tmp_path / "m", "10.0") as another, SmallMachine(tmp_path / "n", "10.0") as third:
+        assert left not in tmp_path.glob("stillframe.*")
+        third.quit()
+        another.beat()
+        another.quit()
+    assert list(tmp_path.glob("stillframe.*")) == []
+
+
+@pytest.mark.parametrize("version", versions("qemu"))
+def test_guest_whose_memory_had_still_to_come_is_ended_with_that_word_and_its_snapshot_loads(
+    version: str, tmp_path: Path, runtime: Path
+) -> None:
+    with SmallMachine(tmp_path / "m", version, "--name", "box") as machine:
+        machine.beat()
+        machine.save("kept")
+        half = 8 << 20
+
+        async def die_half_way(client: Client) -> None:
+            arguments = {"job-id": "j", "tag": "kept", "vmstate": "root", "devices": ["root"], "speed": half}
+            await client.execute("snapshot-load", arguments)
+            while True:
+                (job,) = await client.execute("query-jobs")
+                assert job["status"] == "running", job
+                if job["current-progress"] > half:
+                    break
+                await asyncio.sleep(0.01)
+            machine.kill()
+            await client.execute("query-status")
+
+        with pytest.raises(StillframeError):
+            machine.talk(die_half_way)
+        said = refusal()
+        assert ("had still to come" in said, "load it again" in said) == (True, True), said
+        assert (qemus_of(tmp_path), list(runtime.glob("*.qemu"))) == ([], [])
+        check_image(machine.image, in_use=True)
+    with SmallMachine(tmp_path / "m", version, "--name", "box") as machine:
+        machine.load("kept")
+        machine.beat()
+        machine.quit()
+    check_image(machine.image, in_use=True)
 
 
 @pytest.mark.parametrize("version", versions("qemu"))

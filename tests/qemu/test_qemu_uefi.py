@@ -3,6 +3,7 @@
 What writes the variables is the firmware's own shell; no system is started.
 """
 
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -11,13 +12,33 @@ from pathlib import Path
 import pytest
 
 from peers import linux_guest, peer
-from qemu_guests import GuestMachine, check_image, create, disk
+from qemu_guests import GuestMachine, QemuGuest, check_image, create, disk
 from stillframe.errors import StillframeError
 
 _VARIABLE = "Mark -guid 9ae6e1f2-37f8-4d5c-b6a5-0f3b8a5c7d11"
 
 
-class Firmware(GuestMachine):
+class Shell(QemuGuest):
+    """OVMF's shell, on the console."""
+
+    def shell(self, line: str) -> str:
+        """What the firmware's shell prints until its next prompt."""
+        self.console.skip()
+        self.console.type(f"{line}\r")
+        before = len(self.console.text)
+        self.console.until(r"Shell> ")
+        return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", self.console.text[before:])
+
+    def mark(self, text: str) -> None:
+        self.shell(f"setvar {_VARIABLE} -nv -bs =H{text.encode().hex()}")
+        assert self.marked(text)
+
+    def marked(self, text: str) -> bool:
+        """Whether the variable is that, to the firmware that runs."""
+        return " ".join(f"{each:02X}" for each in text.encode()) in self.shell(f"setvar {_VARIABLE}")
+
+
+class Firmware(Shell, GuestMachine):
     """OVMF's shell, and a second disk whose size is no whole number of sectors of any cluster."""
 
     def __init__(self, directory: Path, version: str, driver: str, *options: str) -> None:
@@ -38,22 +59,6 @@ class Firmware(GuestMachine):
         flash = [("code", "raw", files["ovmf-code"]), ("vars", driver, self.variables)]
         super().__init__(directory, version, *more, *options, initrd=None, flash=flash)
 
-    def shell(self, line: str) -> str:
-        """What the firmware's shell prints until its next prompt."""
-        self.console.skip()
-        self.console.type(f"{line}\r")
-        before = len(self.console.text)
-        self.console.until(r"Shell> ")
-        return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", self.console.text[before:])
-
-    def mark(self, text: str) -> None:
-        self.shell(f"setvar {_VARIABLE} -nv -bs =H{text.encode().hex()}")
-        assert self.marked(text)
-
-    def marked(self, text: str) -> bool:
-        """Whether the variable is that, to the firmware that runs."""
-        return " ".join(f"{each:02X}" for each in text.encode()) in self.shell(f"setvar {_VARIABLE}")
-
     def content(self) -> bytes:
         """The image's bytes; of a qcow2 image, which is ours alone while the machine runs, none."""
         return self.variables.read_bytes() if self.driver == "raw" else b""
@@ -71,12 +76,13 @@ class Firmware(GuestMachine):
 def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Firmware]:
     version, driver = request.param
     directory = tmp_path_factory.mktemp("uefi") / "guest"
-    with Firmware(directory, version, driver) as machine:
+    with Firmware(directory, version, driver, "--name", f"uefi-{os.getpid()}-{driver}") as machine:
         machine.console.until("seconds to skip", 120)
         machine.console.type("\x1b")
         machine.console.until("Shell> ")
         yield machine
-        machine.quit()
+        if machine.process.poll() is None:
+            machine.quit()
         check_image(machine.image)
 
 
@@ -112,3 +118,22 @@ def test_load_that_fails_leaves_the_variables_as_they_were(machine: Firmware) ->
     assert machine.marked("other")
     machine.load("one", *machine.nodes)
     assert machine.marked("first")
+
+
+def test_machine_with_several_images_and_flash_is_taken_over(machine: Firmware, tmp_path: Path) -> None:
+    """The last of this machine."""
+    machine.mark("saved")
+    machine.job("snapshot-save", "before", *machine.nodes)
+    machine.mark("later")
+    machine.kill()
+    with Shell(tmp_path / "again", "--adopt", f"uefi-{os.getpid()}-{machine.driver}") as again:
+        assert again.marked("later")
+        again.job("snapshot-save", "after", *machine.nodes)
+        again.load("before", *machine.nodes)
+        assert again.marked("saved")
+        again.load("after", *machine.nodes)
+        assert again.marked("later")
+        again.quit()
+    files = {"root": "root.qcow2", "data": "data.qcow2"}
+    for name in machine.nodes:
+        check_image(machine.variables.parent / files.get(name, name), in_use=True)

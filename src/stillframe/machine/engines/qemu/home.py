@@ -7,7 +7,7 @@
       1/ 2/ …              a QEMU each (process.py)
 
 A machine with a name has its directory where the name leads to. One without has it anywhere: nobody will look for it, there is no
-record, and its QEMU ends with us.
+record, and its QEMU ends with us; what is left of the directory then, the next machine without a name takes away.
 
 Nothing here outlives the host: the record names the boot that it is of, so it needs no flush.
 """
@@ -35,6 +35,7 @@ from stillframe.machine.engines.qemu.running import Found
 _log = logging.getLogger(__name__)
 
 VERSION: Final = 1
+_TEMPORARY: Final = "stillframe."
 _MOST_BYTES: Final = 1 << 20
 _END_SECONDS: Final = 2.0
 """How long what is left of a killed process, as a child of it, may take to end."""
@@ -112,8 +113,10 @@ class MachineHome:
 
     @classmethod
     def temporary(cls) -> "MachineHome":
-        """For a machine without a name."""
-        path = Path(tempfile.mkdtemp(prefix="stillframe-", dir=os.environ.get("XDG_RUNTIME_DIR")))
+        """For a machine without a name. Directories of those whose stillframe was killed are taken away first."""
+        place = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+        _clear_abandoned(place)
+        path = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=place))
         return cls(path, _locked(path, create=True), None)
 
     @classmethod
@@ -318,6 +321,19 @@ def _clear(path: Path) -> None:
             shutil.rmtree(each, ignore_errors=True)
         elif each.name != "lock":
             each.unlink(missing_ok=True)
+
+
+def _clear_abandoned(place: Path) -> None:
+    """Directories in which nobody holds the lock any more. One without a lock is just being made."""
+    for path in place.glob(f"{_TEMPORARY}*"):
+        with contextlib.suppress(OSError, Refused):
+            _refuse_others(path)
+            lock = os.open(path / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def _boot() -> str:
