@@ -59,6 +59,7 @@ REFUSED = [
     "-machine none -monitor foo",
     "-machine none -chardev foo,id=a",
     "-machine none -chardev stdio",
+    "-machine none -chardev null,id=a,foo=1",
     "-machine none -chardev null,id=a -chardev null,id=a",
     "-machine none -mon foo",
     "-machine none -chardev null,id=a -mon a,mode=foo",

@@ -146,6 +146,10 @@ THEIRS_ALONE = {
     "blockdev-create",
     "query-block-jobs",
     "transaction",
+    "query-command-line-options",
+    "query-machines",
+    "query-migrate-capabilities",
+    "query-target",
 }
 
 

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from stillframe import __version__
-from stillframe.cli.drop_in_options import BOARDS, DEVICES, OPTIONS, Drive, Wishes, read_wishes
+from stillframe.cli.drop_in_options import OPTIONS, Drive, Wishes, read_wishes
+from stillframe.cli.drop_in_parameters import PARAMETERS
 from stillframe.cli.drop_in_words import BadOption, Option, split_words
 from stillframe.cli.run_options import DeviceOptions, RunOptions
 from stillframe.cli.serve import serve, start_detached
 from stillframe.data import idle_firmware
 from stillframe.errors import InvalidRequest, StillframeError
+from stillframe.machine.catalogue import BOARDS, CPU_MODELS, DEVICES
 
 if TYPE_CHECKING:
     from stillframe.block.graph import BlockGraph
@@ -54,15 +56,15 @@ def _run(words: list[str]) -> int:
             raise option.refused("cannot use stdio with -daemonize")
         return start_detached(_MODULE, [word for word in words if word.lstrip("-") != "daemonize"])
     with _pidfile(wishes):
-        return serve(options, lambda graph: _add_nodes(graph, wishes))
+        return serve(options, lambda graph: _add_nodes(graph, wishes), command_line=PARAMETERS)
 
 
 def _answer(question: str) -> str:
     lists = {
         "accel": ["Accelerators supported in QEMU binary:", "tcg"],
-        "cpu": ["Available CPUs:", "  max", "  rv64"],
+        "cpu": ["Available CPUs:", *(f"  {model}" for model in sorted(CPU_MODELS))],
         "device": [f'name "{name}", bus virtio-bus' for name in DEVICES],
-        "machine": ["Supported machines are:", *(f"{name:20} {text}" for name, text in BOARDS.items())],
+        "machine": ["Supported machines are:", *(f"{each.name:20} {each.text}" for each in BOARDS.values())],
     }
     version = f"QEMU emulator version 10.0.13 (stillframe-{__version__})"
     if question == "version":

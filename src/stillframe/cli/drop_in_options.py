@@ -5,15 +5,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from stillframe.cli.drop_in_parameters import PARAMETERS, refuse_unknown
 from stillframe.cli.drop_in_words import BadOption, Option, key_values, size, switch
 from stillframe.cli.run_options import ConsoleOptions, DeviceOptions, MonitorPlace
+from stillframe.machine.catalogue import BOARDS, CPU_MODELS, DEVICES
 from stillframe.monitor.addresses import Address, StdioAddress, TcpAddress, UnixAddress
 
-BOARDS = {"none": "empty machine", "virt": "RISC-V VirtIO board (default)"}
-DEVICES: Mapping[str, frozenset[str]] = {
-    "virtio-blk-device": frozenset({"drive", "id", "serial", "werror", "rerror", "bus"}),
-    "virtio-rng-device": frozenset({"id", "bus"}),
-}
 _DRIVE_WORDS = frozenset(
     {"if", "id", "file", "format", "driver", "readonly", "media", "unit", "index", "werror", "rerror"}
 )
@@ -160,17 +157,15 @@ def _accelerator(names: list[str], prefix: str) -> None:
 
 
 def _memory(wishes: Wishes, option: Option) -> None:
-    for key, value in key_values(option, "size").items():
-        if key != "size":
-            raise option.refused(f"Invalid parameter '{key}'")
-        wishes.memory = size(option, "size", value) or 128 << 20
+    words = key_values(option, "size")
+    refuse_unknown(option, "memory", words)
+    wishes.memory = size(option, "size", words.get("size", "0")) or 128 << 20
 
 
 def _smp(wishes: Wishes, option: Option) -> None:
     words = key_values(option, "cpus")
-    parts = {"cpus", "maxcpus", "sockets", "cores", "threads", "dies", "clusters"}
     for key in words:
-        if key not in parts:
+        if key not in PARAMETERS["smp-opts"]:
             raise BadOption(f"Parameter 'smp.{key}' is unexpected")
     for key, value in words.items():
         if not value.isdigit():
@@ -182,7 +177,7 @@ def _cpu(wishes: Wishes, option: Option) -> None:
     model, _, rest = option.value.partition(",")
     if model in ("help", "?"):
         wishes.questions.append("cpu")
-    elif model not in ("rv64", "max"):
+    elif model not in CPU_MODELS:
         raise BadOption(f"unable to find CPU model '{model}'")
     elif rest:
         key = rest.partition("=")[0]
@@ -193,8 +188,7 @@ def _cpu(wishes: Wishes, option: Option) -> None:
 
 def _icount(wishes: Wishes, option: Option) -> None:
     words = key_values(option, "shift")
-    for key in words.keys() - {"shift", "align", "sleep"}:
-        raise option.refused(f"Invalid parameter '{key}'")
+    refuse_unknown(option, "icount", words)
     shift = words.get("shift", "")
     if not shift.isdigit() or int(shift) > _MAX_SHIFT:
         raise option.refused("icount: Invalid shift value")
@@ -202,11 +196,9 @@ def _icount(wishes: Wishes, option: Option) -> None:
 
 
 def _name(wishes: Wishes, option: Option) -> None:
-    for key, value in key_values(option, "guest").items():
-        if key == "guest":
-            wishes.name = value
-        elif key not in ("process", "debug-threads"):
-            raise option.refused(f"Invalid parameter '{key}'")
+    words = key_values(option, "guest")
+    refuse_unknown(option, "name", words)
+    wishes.name = words.get("guest", wishes.name)
 
 
 def _uuid(wishes: Wishes, option: Option) -> None:
@@ -260,28 +252,36 @@ def _device(wishes: Wishes, option: Option) -> None:
         return
     if kind not in DEVICES:
         raise option.refused(f"'{kind}' is not a valid device model name")
+    known = {"id", "bus", *(each.name for each in DEVICES[kind])}
     for key in words:
-        if key not in DEVICES[kind]:
+        if key not in known:
             raise option.refused(f"Property '{kind}.{key}' not found")
     if kind == "virtio-blk-device" and "drive" not in words:
         raise option.refused("drive property not set")
     if wishes.board == "none":
         raise option.refused(f"No 'virtio-bus' bus found for device '{kind}'")
     words.pop("bus", None)
+    words = {
+        key: value
+        for key, value in words.items()
+        if (key, value) not in (("werror", "auto"), ("rerror", "auto"))
+    }
     wishes.devices.append(Device(DeviceOptions(kind, words), option))
 
 
 def _chardev(wishes: Wishes, option: Option) -> None:
     words = key_values(option, "backend")
     kind = words.get("backend", "")
-    if "id" not in words:
+    name = words.pop("id", None)
+    if name is None:
         raise option.refused("chardev: no id specified")
-    if words["id"] in wishes.chardevs:
-        raise option.refused(f"Duplicate ID '{words['id']}' for chardev")
-    wishes.chardevs[words["id"]] = _backend(option, kind, words)
+    if name in wishes.chardevs:
+        raise option.refused(f"Duplicate ID '{name}' for chardev")
+    wishes.chardevs[name] = _backend(option, kind, words)
 
 
 def _backend(option: Option, kind: str, words: Mapping[str, str]) -> Chardev:
+    refuse_unknown(option, "chardev", words)
     if kind == "stdio":
         return Chardev("stdio", StdioAddress())
     if kind == "null":
@@ -353,8 +353,7 @@ def _mon(wishes: Wishes, option: Option) -> None:
     mode = words.get("mode", "readline")
     if mode not in ("control", "readline"):
         raise option.refused(f"Parameter 'mode' does not accept value '{mode}'")
-    for key in words.keys() - {"chardev", "mode"}:
-        raise option.refused(f"Invalid parameter '{key}'")
+    refuse_unknown(option, "mon", words)
     if "chardev" not in words:
         raise option.refused("chardev is required")
     wishes.monitors.append((option, mode, words["chardev"]))

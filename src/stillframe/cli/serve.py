@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import click
@@ -38,15 +39,16 @@ def serve(
     *,
     asked: Sequence[str] = (),
     found: "MachineHome | None" = None,
+    command_line: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
 ) -> int:
     """Put a machine together and serve it until it ends.
 
     :param add_nodes: opens the nodes that it begins with. :param asked: the words that the machine was asked for with.
-    :param found: of a machine that is to be taken over.
+    :param found: of a machine that is to be taken over. :param command_line: as of `Host`.
     :return: the process's exit code.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
-    return asyncio.run(_serve(options, add_nodes, asked, found))
+    return asyncio.run(_serve(options, add_nodes, asked, found, command_line))
 
 
 def start_detached(module: str, words: Sequence[str]) -> int:
@@ -89,6 +91,7 @@ async def _serve(
     add_nodes: "Callable[[BlockGraph], None]",
     asked_words: Sequence[str],
     found: "MachineHome | None",
+    command_line: Mapping[str, Mapping[str, str]],
 ) -> int:
     from stillframe.block.graph import BlockGraph
     from stillframe.events import EventBus
@@ -126,7 +129,7 @@ async def _serve(
         console = stack.enter_context(_console(options.console, end))
         machine = _built(options, graph, console, events, home)
         stack.callback(machine.close)
-        host = Host(machine, graph, Jobs(events), events, options.algorithm)
+        host = Host(machine, graph, Jobs(events), events, options.algorithm, command_line)
         begun = asyncio.Event()
         server = MonitorServer(host, begun=begun)
         try:

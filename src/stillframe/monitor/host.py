@@ -1,6 +1,7 @@
 """What a monitor serves: a machine, its nodes, its jobs; what every command's function is given."""
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from stillframe.block.export.exports import NodeExports
@@ -18,6 +19,8 @@ class Host:
     """One of a process.
 
     :param algorithm: finds changed pages where the kernel does not tell.
+    :param command_line: the options of QEMU's command line that the program takes, each with its parameters and their types;
+        empty where it takes its own.
     :ivar snapshots: the machine's; what changes them runs on its queue, as a job or inside
         `Jobs.run_internal`.
     :ivar exports: the nodes that are served to other processes.
@@ -28,6 +31,7 @@ class Host:
     jobs: Jobs
     events: EventBus
     algorithm: HashName = "xxh3"
+    command_line: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     snapshots: MachineSnapshots = field(init=False)
     exports: NodeExports = field(init=False)
     _over: threading.Event = field(default_factory=threading.Event, init=False)

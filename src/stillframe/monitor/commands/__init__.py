@@ -10,6 +10,7 @@ from stillframe.monitor.commands import (  # noqa: F401
     introspection,
     job,
     machine,
+    program,
     replay,
     snapshots,
     transaction,

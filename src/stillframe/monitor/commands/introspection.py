@@ -54,13 +54,12 @@ def query_commands(host: Host) -> list[CommandInfo]:
     return [CommandInfo(name) for name in (*COMMANDS, *passed)]
 
 
-@command("query-qmp-schema", returns=list[SchemaEntry])
+@command("query-qmp-schema", returns=list[SchemaEntry], of_program=True)
 def query_qmp_schema(host: Host) -> Any:
     """Every command and event with its arguments and types, in the form of QEMU's introspection. Where a QEMU runs the guest, it is
     that one's own, which has ours as well.
     """
-    other = host.machine.other_monitor
-    return _entries() if other is None else other.execute("query-qmp-schema", {})
+    return _entries()
 
 
 @cache
