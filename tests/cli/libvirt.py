@@ -1,16 +1,19 @@
 """A libvirt of the test's own, on a host whose only QEMU is stillframe-qemu.
 
-Its driver runs inside virsh (`qemu:///embed`), so there is no daemon to leave behind; every path is below the test's directory.
+Its driver runs inside one virsh (`qemu:///embed`), so there is no daemon to leave behind; every path is below the test's directory.
 """
 
 import os
 import re
+import selectors
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Self
 
 import stillframe
 from peers import missing, peer
@@ -19,15 +22,22 @@ from running import PATIENCE
 EMULATOR = "qemu-system-riscv64"
 """As libvirt looks for it in PATH."""
 
+_PROMPT, _END = "virsh # ", "-- done --"
+
+
+class VirshError(Exception):
+    """What virsh says of a command that failed."""
+
 
 class Libvirt:
-    """:param folder: empty, for everything that libvirt keeps. :ivar emulator: what it takes for QEMU."""
+    """:param folder: for everything that libvirt keeps; short, for sockets. :ivar emulator: what it takes for QEMU."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._virsh = [*_as_user(), peer("virsh"), "-q", "-c", f"qemu:///embed?root={folder / 'root'}"]
-        for name in ("root", "home", "runtime", "bin"):
-            (folder / name).mkdir(mode=0o700)
+        for name in ("root/etc", "home", "runtime", "bin"):
+            (folder / name).mkdir(mode=0o700, parents=True)
+        # A domain's output goes to a file, not to another daemon.
+        (folder / "root" / "etc" / "qemu.conf").write_text('stdio_handler = "file"\n')
         self.emulator = folder / "bin" / EMULATOR
         # libvirt hands on none of our environment.
         self.emulator.write_text(
@@ -36,57 +46,81 @@ class Libvirt:
             f'exec {shlex.quote(sys.executable)} -m stillframe.cli.drop_in "$@"\n'
         )
         self.emulator.chmod(0o700)
-
-    def virsh(self, *commands: str) -> list[str]:
-        """What each of these commands prints, in one process: a domain of libvirt's does not outlive it here."""
-        separator = "-- next --"
-        script = f"; echo '{separator}'; ".join(commands)
-        run = subprocess.run(
-            [*self._virsh, script],
+        self._process = subprocess.Popen(
+            [*_as_user(), peer("virsh"), "-q", "-c", f"qemu:///embed?root={folder / 'root'}"],
             env={
                 "PATH": str(self.emulator.parent),
-                "HOME": str(self._folder / "home"),
-                "XDG_RUNTIME_DIR": str(self._folder / "runtime"),
+                "HOME": str(folder / "home"),
+                "XDG_RUNTIME_DIR": str(folder / "runtime"),
                 "LIBVIRT_LOG_FILTERS": "1:qemu.qemu_monitor 3:*",
-                "LIBVIRT_LOG_OUTPUTS": f"1:file:{self._folder / 'log'}",
+                "LIBVIRT_LOG_OUTPUTS": f"1:file:{folder / 'log'}",
             },
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
-        if "no connection driver available" in run.stderr:
+        self._until(_PROMPT)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        left = self._emulators()
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        if exception[0] is None:
+            assert not left, f"libvirt has left emulators behind: {left}"
+
+    def virsh(self, command: str) -> str:
+        """What a command of virsh's prints. :raise VirshError: it failed."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{command}\necho '{_END}'\n".encode())
+        self._process.stdin.flush()
+        # What was typed comes back, too, and an `echo` has no line of its own.
+        text = self._until(f"\n{_END}{_PROMPT}").removeprefix(command).partition(f"{_PROMPT}echo")[0].strip()
+        if "no connection driver available" in text:
             missing(
                 "libvirt's QEMU driver", "apt-get install --no-install-recommends libvirt-daemon-driver-qemu"
             )
-        assert run.returncode == 0, run.stderr
-        return [part.strip() for part in run.stdout.split(separator)]
+        if found := re.search(r"^error: .*", text, re.MULTILINE | re.DOTALL):
+            raise VirshError(found[0])
+        return text
+
+    def _until(self, end: str) -> str:
+        assert self._process.stdout is not None
+        data, deadline = b"", time.monotonic() + PATIENCE
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while not data.endswith(end.encode()):
+                assert selector.select(deadline - time.monotonic()), f"no {end!r} after {data!r}"
+                more = os.read(self._process.stdout.fileno(), 1 << 16)
+                assert more, f"virsh has ended with {self._process.wait()} after {data!r}"
+                data += more
+        return data.decode()
 
     def asked(self) -> list[str]:
         """The commands that libvirt has sent to monitors, in their order."""
         log = (self._folder / "log").read_text(errors="replace")
         return re.findall(r'MONITOR_IO_WRITE: .*?buf=\{"execute":"([^"]+)"', log)
 
-    def close(self) -> None:
-        """Wait for the emulators to end, as libvirt has told them to; a libvirt that died may have left some."""
+    def _emulators(self) -> list[int]:
+        """The processes that have not ended. Those that libvirt has told to get a moment for it."""
         deadline = time.monotonic() + 5
-        while left := self._processes():
-            if time.monotonic() > deadline:
-                for pid in left:
-                    os.kill(pid, signal.SIGKILL)
-                raise AssertionError(f"libvirt has left emulators behind: {left}")
+        while (found := self._processes()) and time.monotonic() < deadline:
             time.sleep(0.02)
+        return found
 
     def _processes(self) -> list[int]:
         found = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:
-                if bytes(self._folder) in path.read_bytes():
+                if b"stillframe.cli.drop_in" in (words := path.read_bytes()) and bytes(self._folder) in words:
                     found.append(int(path.parent.name))
             except OSError:
                 continue  # It has just ended.
-        return [pid for pid in found if pid != os.getpid()]
+        return found
 
 
 def _as_user() -> list[str]:
@@ -94,6 +128,6 @@ def _as_user() -> list[str]:
     if os.getuid() != 0:
         return []
     words = [peer("unshare"), "--user", "--map-user=1000", "--map-group=1000"]
-    if subprocess.run([*words, "true"], capture_output=True, check=False).returncode:
+    if subprocess.run([*words, shutil.which("true") or "true"], capture_output=True, check=False).returncode:
         missing("a user namespace", "run the tests as another user than root")
     return words

@@ -4,7 +4,9 @@ What our machine does not have is refused in QEMU's words; docs/differences.md s
 """
 
 import contextlib
+import datetime
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -18,6 +20,7 @@ from stillframe.cli.serve import serve, start_detached
 from stillframe.data import idle_firmware
 from stillframe.errors import InvalidRequest, StillframeError
 from stillframe.machine.catalogue import BOARDS, CPU_MODELS, DEVICES
+from stillframe.monitor.addresses import FdAddress
 
 if TYPE_CHECKING:
     from stillframe.block.graph import BlockGraph
@@ -30,10 +33,13 @@ _QCOW2 = b"QFI\xfb"
 
 def main() -> None:
     """The program; ends the process."""
-    words = sys.argv[1:]
+    words, wishes = sys.argv[1:], Wishes()
     try:
-        code = _run(words)
+        code = _run(words, wishes)
     except StillframeError as error:
+        if wishes.timestamps:
+            now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
+            print(now.isoformat(timespec="microseconds"), end="Z ", file=sys.stderr)
         for line in str(error).splitlines():
             # QEMU's hints are lines of their own, without the program's name.
             hint = line.startswith(("Use -", "Optional suffix", "and exabytes"))
@@ -45,8 +51,8 @@ def main() -> None:
     sys.exit(code)
 
 
-def _run(words: list[str]) -> int:
-    wishes = read_wishes(split_words(words, {name: bool(known.usage) for name, known in OPTIONS.items()}))
+def _run(words: list[str], wishes: Wishes) -> int:
+    read_wishes(split_words(words, {name: bool(known.usage) for name, known in OPTIONS.items()}), wishes)
     if wishes.questions:
         print(_answer(wishes.questions[0]))
         return 0
@@ -54,7 +60,12 @@ def _run(words: list[str]) -> int:
     if wishes.daemonize:
         for option in wishes.on_stdio():
             raise option.refused("cannot use stdio with -daemonize")
-        return start_detached(_MODULE, [word for word in words if word.lstrip("-") != "daemonize"])
+        handed_on = [place.address.fd for place in options.monitors if isinstance(place.address, FdAddress)]
+        undetached = [word for word in words if word.lstrip("-") != "daemonize"]
+        return start_detached(_MODULE, undetached, handed_on)
+    if not wishes.dump_guest_core:
+        # No dump at all has no memory of the guest.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     with _pidfile(wishes):
         return serve(options, lambda graph: _add_nodes(graph, wishes), command_line=PARAMETERS)
 
@@ -95,6 +106,7 @@ def _run_options(wishes: Wishes) -> RunOptions:
             )
     if wishes.initrd is not None and not wishes.initrd.exists():
         raise BadOption(f"could not load ramdisk '{wishes.initrd}'")
+    entropy = [device for device in wishes.devices if device.options.kind == "virtio-rng-device"]
     nothing = wishes.board == "virt" and wishes.kernel is None and wishes.bios is None
     return RunOptions(
         name=wishes.name,
@@ -121,7 +133,8 @@ def _run_options(wishes: Wishes) -> RunOptions:
         devices_as_given=(),
         reconnect=0,
         words=(),
-        entropy=any(device.options.kind == "virtio-rng-device" for device in wishes.devices),
+        entropy=bool(entropy),
+        entropy_id=next((device.options.options.get("id") for device in entropy), None),
         loadvm=wishes.loadvm,
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from stillframe.cli.drop_in_words import Option
 
 PARAMETERS: Mapping[str, Mapping[str, str]] = {
-    "machine": {"type": "string", "usb": "boolean"},
+    "machine": {"type": "string", "usb": "boolean", "dump-guest-core": "boolean"},
     "accel": {},
     "smp-opts": dict.fromkeys(
         ("cpus", "maxcpus", "sockets", "dies", "clusters", "cores", "threads"), "number"
@@ -36,12 +36,18 @@ PARAMETERS: Mapping[str, Mapping[str, str]] = {
     "chardev": {
         "backend": "string",
         "path": "string",
+        "fd": "string",
         "host": "string",
         "port": "string",
         "server": "boolean",
         "wait": "boolean",
     },
     "mon": {"chardev": "string", "mode": "string"},
+    "msg": {"timestamp": "boolean"},
+    "rtc": {"base": "string", "clock": "string", "driftfix": "string"},
+    "overcommit": {"mem-lock": "string", "cpu-pm": "boolean"},
+    "boot-opts": {"strict": "boolean", "menu": "boolean"},
+    "object": {},
 }
 """Each option whose value is parameters: their names, and what they are. An option's "id" is not among them, as in QEMU."""
 
@@ -49,5 +55,5 @@ PARAMETERS: Mapping[str, Mapping[str, str]] = {
 def refuse_unknown(option: Option, group: str, given: Collection[str]) -> None:
     """:param group: the option's name in `PARAMETERS`. :raise BadOption: one of the parameters is not there."""
     for name in given:
-        if name not in PARAMETERS[group]:
+        if name != "id" and name not in PARAMETERS[group]:
             raise option.refused(f"Invalid parameter '{name}'")

@@ -28,13 +28,14 @@ class DeviceOptions:
 class MonitorPlace:
     """Where a monitor listens.
 
-    :param mode: "control" for QMP, "readline" for the human one.
+    :param mode: "control" for QMP, "readline" for the human one. :param label: of its character device; "" for QEMU's usual one.
     :param waits: whether the guest does not begin before somebody has connected.
     """
 
     address: Address
     mode: str = "control"
     waits: bool = False
+    label: str = ""
 
 
 _DEVICE_KEYS = {
@@ -45,10 +46,15 @@ _QEMU_NAMES = {"virtio-blk-device": "virtio-blk"}
 
 @dataclass(frozen=True, slots=True)
 class ConsoleOptions:
-    """A `--console`. :param kind: "stdio", "unix", "log" or "none". :param path: of the last but one and two."""
+    """A `--console`.
+
+    :param kind: "stdio", "unix", "log", "pty" or "none". :param path: of "unix" and "log".
+    :param label: of its character device; "" for QEMU's usual one.
+    """
 
     kind: str
     path: Path | None = None
+    label: str = ""
 
 
 def parse_memory(text: str) -> int:
@@ -130,7 +136,7 @@ def monitor_places(
 class RunOptions:
     """Everything that was asked for, checked as far as words can be.
 
-    :param entropy: whether there is a virtio-rng device.
+    :param entropy: whether there is a virtio-rng device. :param entropy_id: its id, if it has one.
     :param loadvm: the snapshot to begin with.
     """
 
@@ -158,4 +164,5 @@ class RunOptions:
     reconnect: int
     words: tuple[str, ...]
     entropy: bool = True
+    entropy_id: str | None = None
     loadvm: str | None = None

@@ -64,13 +64,17 @@ _DISK = (
     Property("serial", "str"),
     Property("werror", "BlockdevOnError", _POLICY, "auto"),
     Property("rerror", "BlockdevOnError", _POLICY, "auto"),
+    Property("bootindex", "int32"),
 )
 _BANKS = (Property("pflash0", "str", _NODE), Property("pflash1", "str", _NODE))
 
 DEVICES: Mapping[str, tuple[Property, ...]] = {"virtio-blk-device": _DISK, "virtio-rng-device": ()}
 """Those that a command line can add, and what it can say of them."""
 
-_MACHINE_WORDS = (Property("usb", "bool", "Set on/off to enable/disable usb"),)
+_MACHINE_WORDS = (
+    Property("usb", "bool", "Set on/off to enable/disable usb"),
+    Property("dump-guest-core", "bool", "Include guest memory in a core dump"),
+)
 
 KINDS: Mapping[str, Kind] = {
     kind.name: kind
@@ -78,6 +82,8 @@ KINDS: Mapping[str, Kind] = {
         Kind("object", None, abstract=True, properties=(Property("type", "string"),)),
         Kind("accel", "object", abstract=True),
         Kind("tcg-accel", "accel"),
+        Kind("secret_common", "object", abstract=True),
+        Kind("secret", "secret_common"),
         Kind("memory-backend", "object", abstract=True),
         # libvirt 9.0 dies of a program that does not know it; that it is abstract says that there can be none.
         Kind("memory-backend-file", "memory-backend", abstract=True),

@@ -1,7 +1,7 @@
 """What a monitor serves: a machine, its nodes, its jobs; what every command's function is given."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from stillframe.block.export.exports import NodeExports
@@ -14,6 +14,14 @@ from stillframe.machine.tracking import HashName
 from stillframe.snapshots.machine_snapshots import MachineSnapshots
 
 
+@dataclass(frozen=True, slots=True)
+class CharacterDevice:
+    """What a monitor or the serial port is at. :param label: its id. :param filename: what it is, in QEMU's words, at this time."""
+
+    label: str
+    filename: Callable[[], str]
+
+
 @dataclass(slots=True, eq=False)
 class Host:
     """One of a process.
@@ -21,6 +29,8 @@ class Host:
     :param algorithm: finds changed pages where the kernel does not tell.
     :param command_line: the options of QEMU's command line that the program takes, each with its parameters and their types;
         empty where it takes its own.
+    :param chardevs: those in use. :param peripherals: the devices with an id, and QEMU's type of each.
+    :ivar migration_events: whether clients have asked for them; there are no migrations.
     :ivar snapshots: the machine's; what changes them runs on its queue, as a job or inside
         `Jobs.run_internal`.
     :ivar exports: the nodes that are served to other processes.
@@ -32,6 +42,9 @@ class Host:
     events: EventBus
     algorithm: HashName = "xxh3"
     command_line: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    chardevs: tuple[CharacterDevice, ...] = ()
+    peripherals: Mapping[str, str] = field(default_factory=dict)
+    migration_events: bool = False
     snapshots: MachineSnapshots = field(init=False)
     exports: NodeExports = field(init=False)
     _over: threading.Event = field(default_factory=threading.Event, init=False)

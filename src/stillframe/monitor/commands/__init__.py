@@ -10,6 +10,8 @@ from stillframe.monitor.commands import (  # noqa: F401
     introspection,
     job,
     machine,
+    migration,
+    parts,
     program,
     replay,
     snapshots,

@@ -50,8 +50,10 @@ def query_version(host: Host) -> VersionInfo:
 def query_commands(host: Host) -> list[CommandInfo]:
     """The names of all commands."""
     other = host.machine.other_monitor
-    passed = [] if other is None else [name for name in other.commands() if name not in COMMANDS]
-    return [CommandInfo(name) for name in (*COMMANDS, *passed)]
+    if other is None:
+        return [CommandInfo(name) for name in COMMANDS]
+    own = [name for name, known in COMMANDS.items() if not known.of_program]
+    return [CommandInfo(name) for name in dict.fromkeys((*own, *other.commands()))]
 
 
 @command("query-qmp-schema", returns=list[SchemaEntry], of_program=True)

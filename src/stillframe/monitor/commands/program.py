@@ -130,17 +130,6 @@ class WhichOption(Structure):
     option: str | UnsetType = UNSET
 
 
-class MigrationCapability(Enum):
-    """What a migration can do: there is none, and so nothing."""
-
-
-class MigrationCapabilityStatus(Structure):
-    """:param capability: its name. :param state: whether it is switched on."""
-
-    capability: MigrationCapability
-    state: bool
-
-
 @command("query-target", at_once=True, of_program=True)
 def query_target(host: Host) -> TargetInfo:
     """The guest's architecture."""
@@ -198,12 +187,6 @@ def qom_list_properties(host: Host, arguments: TypeName) -> list[ObjectPropertyI
     if kind is None:
         raise DeviceNotFound(f"Class '{arguments.typename}' not found")
     return [_property(each) for each in _all_properties(kind)]
-
-
-@command("query-migrate-capabilities", at_once=True, of_program=True)
-def query_migrate_capabilities(host: Host) -> list[MigrationCapabilityStatus]:
-    """What a migration can do. Machines here do not migrate: nothing, which managers take better than that nobody answers."""
-    return []
 
 
 @command("query-command-line-options", at_once=True, of_program=True)
