@@ -16,6 +16,7 @@ from peers import ROOT
 from running import PATIENCE, stillframe
 
 DOCUMENT = ROOT / "docs" / "libvirt.md"
+ENTROPY = "<rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>"
 SERIAL = "<serial type='pty'/>"
 DOMAIN = f"""
 <domain type='qemu'>
@@ -83,6 +84,7 @@ def test_libvirt_finds_out_what_a_machine_here_can_have(libvirt: Libvirt) -> Non
     assert "virtio" in words(domain, "devices/disk/enum[@name='bus']/value")
     assert "pflash" in words(domain, "os/loader/enum[@name='type']/value")
     assert words(domain, "devices/rng/enum[@name='model']/value") == {"virtio"}
+    assert words(domain, "devices/rng/enum[@name='backendModel']/value") == {"random", "builtin"}
     # What there is not is not promised either.
     assert words(domain, "devices/graphics/enum[@name='type']/value") == set()
     assert words(domain, "devices/video/enum[@name='modelType']/value") == {"none"}
@@ -118,9 +120,10 @@ def console(libvirt: Libvirt) -> Iterator[Terminal]:
 
 
 def test_libvirt_starts_a_guest_and_brings_back_what_a_snapshot_has(libvirt: Libvirt, image: Path) -> None:
-    with defined(libvirt, image):
+    with defined(libvirt, image, devices=SERIAL + ENTROPY):
         libvirt.virsh("start box")
         with console(libvirt) as guest:
+            assert guest.ask("random").startswith("ok random=")
             nonce = guest.ask("nonce")
             libvirt.virsh("snapshot-create-as box before")
             guest.ask("nonce 1234")

@@ -61,6 +61,7 @@ def _run(words: list[str], wishes: Wishes) -> int:
         for option in wishes.on_stdio():
             raise option.refused("cannot use stdio with -daemonize")
         handed_on = [place.address.fd for place in options.monitors if isinstance(place.address, FdAddress)]
+        handed_on += [*wishes.fd_sets.values(), *([] if options.console.fd is None else [options.console.fd])]
         undetached = [word for word in words if word.lstrip("-") != "daemonize"]
         return start_detached(_MODULE, undetached, handed_on)
     if not wishes.dump_guest_core:

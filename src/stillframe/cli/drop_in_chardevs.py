@@ -35,6 +35,8 @@ def backend(option: Option, kind: str, words: Mapping[str, str]) -> Chardev:
     if kind == "file":
         if "path" not in words:
             raise option.refused("chardev: file: no filename given")
+        if not switch(option, "append", words.get("append", "on")):
+            raise option.refused("Parameter 'append' does not accept value 'off'")
         return Chardev("file", path=Path(words["path"]))
     if kind != "socket":
         raise option.refused(f"'{kind}' is not a valid char driver name")

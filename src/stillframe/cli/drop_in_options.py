@@ -1,5 +1,6 @@
 """What a command line of QEMU's asks for, as far as our machine has the thing; the rest is refused in QEMU's words."""
 
+import os
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -7,11 +8,11 @@ from pathlib import Path
 
 from stillframe.cli.drop_in_chardevs import Chardev, backend, character
 from stillframe.cli.drop_in_parameters import PARAMETERS, refuse_unknown
-from stillframe.cli.drop_in_settings import check_audio, check_boot, check_setting, secret_id, switch_of
+from stillframe.cli.drop_in_settings import check_audio, check_boot, check_setting, read_object, switch_of
 from stillframe.cli.drop_in_words import BadOption, Option, key_values, size, switch
 from stillframe.cli.run_options import ConsoleOptions, DeviceOptions, MonitorPlace
 from stillframe.machine.catalogue import BOARDS, CPU_MODELS, DEVICES
-from stillframe.monitor.addresses import StdioAddress
+from stillframe.monitor.addresses import FdAddress, StdioAddress
 
 _DRIVE_WORDS = frozenset(
     {"if", "id", "file", "format", "driver", "readonly", "media", "unit", "index", "werror", "rerror"}
@@ -74,7 +75,8 @@ class Wishes:
     keep_after_shutdown: bool = False
     dump_guest_core: bool = True
     timestamps: bool = False
-    objects: set[str] = field(default_factory=set)
+    objects: dict[str, str] = field(default_factory=dict)
+    fd_sets: dict[str, int] = field(default_factory=dict)
     questions: list[str] = field(default_factory=list)
 
     def places(self) -> tuple[MonitorPlace, ...]:
@@ -107,12 +109,13 @@ class Wishes:
             return ConsoleOptions("stdio" if usual and not taken else "none")
         option, chardev = self.serial
         device = self._chardev(chardev)
-        if device is None or device.kind in ("tcp", "fd"):
+        if device is None or device.kind == "tcp":
             raise option.refused(f"could not connect serial device to character backend '{option.value}'")
         return ConsoleOptions(
-            {"file": "log", "null": "none"}.get(device.kind, device.kind),
+            {"file": "log", "null": "none", "fd": "unix"}.get(device.kind, device.kind),
             device.path,
             chardev if isinstance(chardev, str) else "serial0",
+            device.address.fd if isinstance(device.address, FdAddress) else None,
         )
 
     def _chardev(self, chardev: Chardev | str) -> Chardev | None:
@@ -135,7 +138,7 @@ def _machine(wishes: Wishes, option: Option) -> None:
             wishes.flash[key] = value
         elif key == "dump-guest-core":
             wishes.dump_guest_core = switch_of(key, value)
-        elif key != "usb" or switch_of(key, value):
+        elif key not in ("usb", "mem-merge") or switch_of(key, value):
             raise BadOption(f"Property '{wishes.board}-machine.{key}' not found")
 
 
@@ -262,6 +265,13 @@ def _device(wishes: Wishes, option: Option) -> None:
     # no-boot-order
     if not words.pop("bootindex", "0").lstrip("-").isdecimal():
         raise option.refused("Parameter 'bootindex' expects an int64 value or range")
+    if (cache := words.pop("write-cache", "on")) not in ("on", "auto"):
+        raise option.refused(f"Parameter 'write-cache' does not accept value '{cache}'")
+    if (source := words.pop("rng", None)) is not None:
+        if source not in wishes.objects:
+            raise option.refused(f"Device '{source}' not found")
+        if not wishes.objects[source].startswith("rng-"):
+            raise option.refused("Invalid parameter type for 'rng', expected: rng-backend")
     words = {
         key: value
         for key, value in words.items()
@@ -278,11 +288,19 @@ def _chardev(wishes: Wishes, option: Option) -> None:
         raise option.refused("chardev: no id specified")
     if name in wishes.chardevs:
         raise option.refused(f"Duplicate ID '{name}' for chardev")
-    wishes.chardevs[name] = backend(option, kind, words)
+    device = backend(option, kind, words)
+    if device.kind == "file" and str(device.path).startswith("/dev/fdset/"):
+        fd = wishes.fd_sets.get(str(device.path))
+        if fd is None:
+            raise option.refused(f"Could not open '{device.path}': No such file or directory")
+        device = Chardev("file", path=Path(f"/proc/self/fd/{fd}"))
+    wishes.chardevs[name] = device
 
 
 def _serial(wishes: Wishes, option: Option) -> None:
     found = character(option)
+    if wishes.serial is not None:
+        raise option.refused("there is one serial port")
     wishes.serial = (option, Chardev("null") if found is None else found)
 
 
@@ -313,10 +331,28 @@ def _msg(wishes: Wishes, option: Option) -> None:
 
 
 def _object(wishes: Wishes, option: Option) -> None:
-    identity = secret_id(option)
+    identity, kind = read_object(option)
     if identity in wishes.objects:
         raise option.refused(f"Duplicate ID '{identity}' for object")
-    wishes.objects.add(identity)
+    wishes.objects[identity] = kind
+
+
+def _add_fd(wishes: Wishes, option: Option) -> None:
+    words = key_values(option)
+    refuse_unknown(option, "add-fd", words)
+    for key in ("fd", "set"):
+        if not words.get(key, "0").isdecimal():
+            raise option.refused(f"Parameter '{key}' expects a number")
+    if "fd" not in words:
+        raise option.refused("fd option is required and must be non-negative")
+    fd = int(words["fd"])
+    if fd <= 2:
+        raise option.refused("fd cannot be a standard I/O stream")
+    try:
+        os.fstat(fd)
+    except (OSError, OverflowError):
+        raise option.refused("fd is not valid or already in use") from None
+    wishes.fd_sets[f"/dev/fdset/{int(words.get('set', '0'))}"] = fd
 
 
 def _none_only(wishes: Wishes, option: Option) -> None:
@@ -398,7 +434,8 @@ OPTIONS: Mapping[str, Known] = {
     "icount": Known(_icount, "[shift=]n", "time from the instructions counted"),
     "loadvm": Known(_set("loadvm", str), "tag", "begin with a snapshot"),
     "nodefaults": Known(_yes("bare"), "", "no devices that were not asked for"),
-    "object": Known(_object, "secret,id=name...", "accepted: nothing here takes one"),
+    "object": Known(_object, "rng-builtin|rng-random|secret,id=name...", "a source of entropy: the kernel"),
+    "add-fd": Known(_add_fd, "fd=n,set=n", "a descriptor as the file /dev/fdset/n of a -chardev"),
     "rtc": Known(lambda w, o: check_setting(o), "base=utc", "the real-time clock: the host's, in UTC"),
     "overcommit": Known(lambda w, o: check_setting(o), "mem-lock=off", "memory is not locked"),
     "boot": Known(lambda w, o: check_boot(o), "strict=on|off", "accepted: nobody reads an order"),
@@ -409,8 +446,8 @@ OPTIONS: Mapping[str, Known] = {
 """Every option, by its name without dashes."""
 
 
-_FIRST = ("msg", "machine", "M")
-"""How errors are said; then the board, of which a device says what it wants."""
+_FIRST = ("msg", "machine", "M", "add-fd", "object")
+"""How errors are said; then the board, of which a device says what it wants, and what others name."""
 
 
 def read_wishes(options: tuple[Option, ...], wishes: Wishes) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from stillframe.cli.drop_in_words import Option
 
 PARAMETERS: Mapping[str, Mapping[str, str]] = {
-    "machine": {"type": "string", "usb": "boolean", "dump-guest-core": "boolean"},
+    "machine": {"type": "string", "usb": "boolean", "dump-guest-core": "boolean", "mem-merge": "boolean"},
     "accel": {},
     "smp-opts": dict.fromkeys(
         ("cpus", "maxcpus", "sockets", "dies", "clusters", "cores", "threads"), "number"
@@ -36,6 +36,7 @@ PARAMETERS: Mapping[str, Mapping[str, str]] = {
     "chardev": {
         "backend": "string",
         "path": "string",
+        "append": "boolean",
         "fd": "string",
         "host": "string",
         "port": "string",
@@ -48,6 +49,7 @@ PARAMETERS: Mapping[str, Mapping[str, str]] = {
     "overcommit": {"mem-lock": "string", "cpu-pm": "boolean"},
     "boot-opts": {"strict": "boolean", "menu": "boolean"},
     "object": {},
+    "add-fd": {"fd": "number", "set": "number", "opaque": "string"},
 }
 """Each option whose value is parameters: their names, and what they are. An option's "id" is not among them, as in QEMU."""
 

@@ -11,7 +11,13 @@ _ONLY: Mapping[str, Mapping[str, str]] = {
     "rtc": {"base": "utc", "clock": "host", "driftfix": "none"},
     "overcommit": {"mem-lock": "off", "cpu-pm": "off"},
 }
-_SECRET = {"qom-type", "id", "format", "file", "data", "keyid", "iv"}
+_OBJECTS: Mapping[str, frozenset[str]] = {
+    "secret": frozenset({"format", "file", "data", "keyid", "iv"}),
+    "rng-builtin": frozenset(),
+    "rng-random": frozenset({"filename"}),
+}
+_KERNELS = ("/dev/urandom", "/dev/random")
+"""Where the entropy device's bytes come from: the same generator behind both."""
 
 
 def check_setting(option: Option) -> None:
@@ -54,18 +60,28 @@ def check_audio(option: Option) -> None:
         raise option.refused(f"Parameter '{key}' is unexpected")
 
 
-def secret_id(option: Option) -> str:
-    """The id of `-object secret`, which is looked at and forgotten: nothing here takes a secret.
+def read_object(option: Option) -> tuple[str, str]:
+    """The id and the type of an `-object`. A secret is looked at and forgotten: nothing here takes one.
 
-    :raise BadOption: another object, or a secret that cannot be read.
+    :raise BadOption: another object, a secret that cannot be read, a source of entropy other than the kernel's.
     """
     words = _words(option, "qom-type")
     kind = words.get("qom-type", "")
-    if kind != "secret":
+    if kind not in _OBJECTS:
         raise option.refused(f"Parameter 'qom-type' does not accept value '{kind}'")
     identity = _identity(option, words)
-    for key in words.keys() - _SECRET:
+    for key in words.keys() - _OBJECTS[kind] - {"qom-type", "id"}:
         raise option.refused(f"Invalid parameter '{key}'")
+    if kind == "secret":
+        _look_at_secret(words)
+    elif (source := words.get("filename", _KERNELS[0])) not in _KERNELS:
+        if not Path(source).exists():
+            raise BadOption(f"Could not open '{source}': No such file or directory")
+        raise option.refused(f"Parameter 'filename' does not accept value '{source}'")
+    return identity, kind
+
+
+def _look_at_secret(words: Mapping[str, str]) -> None:
     if "file" in words:
         path = Path(words["file"])
         try:
@@ -76,7 +92,6 @@ def secret_id(option: Option) -> str:
             ) from error
     elif "data" not in words:
         raise BadOption("Either 'file' or 'data' must be provided")
-    return identity
 
 
 def _identity(option: Option, words: Mapping[str, str]) -> str:

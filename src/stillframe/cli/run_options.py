@@ -49,12 +49,13 @@ class ConsoleOptions:
     """A `--console`.
 
     :param kind: "stdio", "unix", "log", "pty" or "none". :param path: of "unix" and "log".
-    :param label: of its character device; "" for QEMU's usual one.
+    :param label: of its character device; "" for QEMU's usual one. :param fd: of "unix" without a path: a socket to listen at.
     """
 
     kind: str
     path: Path | None = None
     label: str = ""
+    fd: int | None = None
 
 
 def parse_memory(text: str) -> int:

@@ -320,7 +320,7 @@ def _console(options: ConsoleOptions, end: Callable[[], None]) -> "Iterator[Cons
         return
     path = options.path or Path()
     console = {
-        "unix": lambda: SocketConsole(path),
+        "unix": lambda: SocketConsole(path if options.fd is None else options.fd),
         "log": lambda: LogConsole(path),
         "pty": PtyConsole,
         "none": Console,

@@ -65,15 +65,18 @@ _DISK = (
     Property("werror", "BlockdevOnError", _POLICY, "auto"),
     Property("rerror", "BlockdevOnError", _POLICY, "auto"),
     Property("bootindex", "int32"),
+    Property("write-cache", "OnOffAuto", "on/off/auto", "auto"),
 )
+_ENTROPY = (Property("rng", "link<rng-backend>"),)
 _BANKS = (Property("pflash0", "str", _NODE), Property("pflash1", "str", _NODE))
 
-DEVICES: Mapping[str, tuple[Property, ...]] = {"virtio-blk-device": _DISK, "virtio-rng-device": ()}
+DEVICES: Mapping[str, tuple[Property, ...]] = {"virtio-blk-device": _DISK, "virtio-rng-device": _ENTROPY}
 """Those that a command line can add, and what it can say of them."""
 
 _MACHINE_WORDS = (
     Property("usb", "bool", "Set on/off to enable/disable usb"),
     Property("dump-guest-core", "bool", "Include guest memory in a core dump"),
+    Property("mem-merge", "bool", "Enable/disable memory merge support"),
 )
 
 KINDS: Mapping[str, Kind] = {
@@ -82,6 +85,9 @@ KINDS: Mapping[str, Kind] = {
         Kind("object", None, abstract=True, properties=(Property("type", "string"),)),
         Kind("accel", "object", abstract=True),
         Kind("tcg-accel", "accel"),
+        Kind("rng-backend", "object", abstract=True),
+        Kind("rng-builtin", "rng-backend"),
+        Kind("rng-random", "rng-backend", properties=(Property("filename", "string"),)),
         Kind("secret_common", "object", abstract=True),
         Kind("secret", "secret_common"),
         Kind("memory-backend", "object", abstract=True),

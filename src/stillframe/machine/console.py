@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stillframe.errors import io_failed
-from stillframe.sockets import listening_unix_socket
+from stillframe.sockets import SocketFile, listening_unix_socket
 
 _INPUT_LIMIT = 64 << 10
 _OUTPUT_LIMIT = 4 << 20
@@ -244,15 +244,23 @@ class PtyConsole(StdioConsole):
 
 
 class SocketConsole(_ThreadedConsole):
-    """A unix socket of its user's alone; one client at a time, the next one waits in line.
+    """A unix socket of its user's alone, or one that this process was given; one client at a time, the next one waits in line.
 
+    :param where: a path, or the descriptor of a socket.
     :raise Refused: it cannot be had, as `listening_unix_socket` says.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, where: Path | int) -> None:
         self._client: socket.socket | None = None
-        self._server, self._file = listening_unix_socket(path)
+        self._file: SocketFile | None = None
+        if isinstance(where, int):
+            self._server = socket.socket(fileno=where)
+            self._server.set_inheritable(False)
+            self._server.listen()
+        else:
+            self._server, self._file = listening_unix_socket(where)
+        name = where if isinstance(where, Path) else self._server.getsockname()
+        self._name = f"tcp:{name[0]}:{name[1]}" if isinstance(name, tuple) else f"unix:{name}"
         super().__init__()
         self._acceptor = threading.Thread(target=self._serve, name="console-socket", daemon=True)
         self._acceptor.start()
@@ -260,7 +268,7 @@ class SocketConsole(_ThreadedConsole):
     @property
     def filename(self) -> str:
         """As of the base."""
-        return f"{'' if self._client else 'disconnected:'}unix:{self._path},server=on"
+        return f"{'' if self._client else 'disconnected:'}{self._name},server=on"
 
     def _put(self, data: bytes) -> None:
         client = self._client
@@ -289,5 +297,6 @@ class SocketConsole(_ThreadedConsole):
                 with contextlib.suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)
         self._server.close()
-        self._file.remove()
+        if self._file is not None:
+            self._file.remove()
         self._acceptor.join(1.0)
