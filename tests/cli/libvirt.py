@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Self
 
+import pytest
+
 import stillframe
 from peers import missing, peer
 from running import PATIENCE
@@ -22,6 +24,7 @@ from running import PATIENCE
 EMULATOR = "qemu-system-riscv64"
 """As libvirt looks for it in PATH."""
 
+_DRIVER = "libvirt-daemon-driver-qemu"
 _PROMPT, _END = "virsh # ", "-- done --"
 
 
@@ -80,10 +83,6 @@ class Libvirt:
         self._process.stdin.flush()
         # What was typed comes back, too, and an `echo` has no line of its own.
         text = self._until(f"\n{_END}{_PROMPT}").removeprefix(command).partition(f"{_PROMPT}echo")[0].strip()
-        if "no connection driver available" in text:
-            missing(
-                "libvirt's QEMU driver", "apt-get install --no-install-recommends libvirt-daemon-driver-qemu"
-            )
         if found := re.search(r"^error: .*", text, re.MULTILINE | re.DOTALL):
             raise VirshError(found[0])
         return text
@@ -96,6 +95,8 @@ class Libvirt:
             while not data.endswith(end.encode()):
                 assert selector.select(deadline - time.monotonic()), f"no {end!r} after {data!r}"
                 more = os.read(self._process.stdout.fileno(), 1 << 16)
+                if b"no connection driver available" in data:
+                    missing("libvirt's QEMU driver", f"apt-get install --no-install-recommends {_DRIVER}")
                 assert more, f"virsh has ended with {self._process.wait()} after {data!r}"
                 data += more
         return data.decode()
@@ -129,5 +130,5 @@ def _as_user() -> list[str]:
         return []
     words = [peer("unshare"), "--user", "--map-user=1000", "--map-group=1000"]
     if subprocess.run([*words, shutil.which("true") or "true"], capture_output=True, check=False).returncode:
-        missing("a user namespace", "run the tests as another user than root")
+        pytest.skip("this host has no user namespaces, and root needs one here")
     return words
