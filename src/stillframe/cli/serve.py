@@ -302,7 +302,8 @@ def _character_devices(options: RunOptions, console: "Console") -> "tuple[Charac
         found.append(CharacterDevice(options.console.label or "serial0", lambda: console.filename))
     for number, place in enumerate(options.monitors):
         label = place.label or f"compat_monitor{number}"
-        found.append(CharacterDevice(label, partial(listening_filename, place.address)))
+        # Asked now: a descriptor is another's once the monitor is closed.
+        found.append(CharacterDevice(label, partial(str, listening_filename(place.address))))
     return tuple(found)
 
 

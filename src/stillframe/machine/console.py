@@ -13,7 +13,7 @@ import tty
 from collections.abc import Callable
 from pathlib import Path
 
-from stillframe.errors import io_failed
+from stillframe.errors import Refused, io_failed
 from stillframe.sockets import SocketFile, listening_unix_socket
 
 _INPUT_LIMIT = 64 << 10
@@ -254,9 +254,12 @@ class SocketConsole(_ThreadedConsole):
         self._client: socket.socket | None = None
         self._file: SocketFile | None = None
         if isinstance(where, int):
-            self._server = socket.socket(fileno=where)
-            self._server.set_inheritable(False)
-            self._server.listen()
+            try:
+                self._server = socket.socket(fileno=where)
+                self._server.set_inheritable(False)
+                self._server.listen()
+            except OSError as error:
+                raise Refused(f"Could not listen at 'fd:{where}': {error.strerror}") from error
         else:
             self._server, self._file = listening_unix_socket(where)
         name = where if isinstance(where, Path) else self._server.getsockname()

@@ -80,11 +80,11 @@ class MonitorServer:
         if isinstance(address, FdAddress):
             # Whoever opened it has decided who may connect.
             os.set_inheritable(address.fd, False)
-            self._servers.append(
-                await asyncio.start_server(
-                    self._connected(address, mode), sock=socket.socket(fileno=address.fd)
-                )
-            )
+            try:
+                sock = socket.socket(fileno=address.fd)
+                self._servers.append(await asyncio.start_server(self._connected(address, mode), sock=sock))
+            except (OSError, ValueError) as error:
+                raise Refused(f"Could not listen at '{address}': {error}") from error
             return address
         if isinstance(address, UnixAddress):
             sock, file = listening_unix_socket(address.path)
