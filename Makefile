@@ -21,7 +21,7 @@ setup: $(STAMP) ## a virtual environment in .venv with stillframe in it
 demo: $(STAMP) ## the main job, end to end: a guest saved, wrecked and brought back
 	$(BIN)/stillframe demo
 
-peers: $(STAMP) ## what the tests compare with: Debian's QEMU 7.2 and 10.0, a Linux guest, the cross compiler
+peers: $(STAMP) ## what the tests compare with: Debian's QEMU 7.2 and 10.0, a Linux guest, the cross compiler, libvirt
 	scripts/peers
 
 test: $(STAMP) peers ## every test; without the peers, those that need them are skipped by name

@@ -26,6 +26,8 @@ _PACKAGES = {
     "riscv64-linux-gnu-gcc": "gcc-riscv64-linux-gnu libc6-dev-riscv64-cross",
     "x86_64-linux-gnu-gcc": "gcc libc6-dev",
     "dtc": "device-tree-compiler",
+    "virsh": "libvirt-clients libvirt-daemon-driver-qemu",
+    "unshare": "util-linux",
 }
 
 

@@ -4,18 +4,21 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from peers import peer
+from peers import ROOT, peer
 from running import PATIENCE, STILLFRAME, connected
 from stillframe.cli.drop_in_words import Option, key_values
 from stillframe.testing import plain
 
+GUEST = ROOT / "src" / "stillframe" / "data" / "guest.elf"
 OURS = [sys.executable, "-m", "stillframe.cli.drop_in"]
 
 
@@ -70,6 +73,42 @@ REFUSED = [
     "-machine none -monitor foo",
     "-machine none -chardev foo,id=a",
     "-machine none -chardev stdio",
+    "-machine none -chardev null,id=a,foo=1",
+    "-machine none -chardev pty,id=a,foo=1",
+    "-machine none -chardev socket,id=a,fd=99,server=on",
+    "-machine none -chardev socket,id=a,fd=x,server=on",
+    "-machine none -chardev socket,id=a,fd=3,path=x",
+    "-machine none,dump-guest-core=foo",
+    "-machine virt -device virtio-rng-device,bootindex=1",
+    "-object foo,id=a",
+    "-object rng-builtin",
+    "-object rng-random,id=a,foo=1",
+    "-object rng-random,id=a,filename=/nosuch",
+    "-machine virt -device virtio-rng-device,rng=nosuch",
+    "-machine virt -object secret,id=a,data=x -device virtio-rng-device,rng=a",
+    "-machine virt -blockdev null-co,node-name=n -device virtio-blk-device,drive=n,write-cache=foo",
+    "-machine none -add-fd foo=1",
+    "-machine none -add-fd set=1",
+    "-machine none -add-fd set=1,fd=99",
+    "-machine none -add-fd set=x,fd=0",
+    "-machine none -add-fd set=0,fd=2",
+    "-machine none -chardev file,id=a,path=/dev/fdset/7 -serial chardev:a",
+    "-machine none -chardev file,id=a,path=/tmp/x,append=foo",
+    "-machine none,mem-merge=foo",
+    "-object secret",
+    "-object secret,id=a",
+    "-object secret,id=a,file=/nosuch",
+    "-object secret,id=a,data=x,foo=1",
+    "-object secret,id=a,data=x -object secret,id=a,data=x",
+    "-audiodev foo,id=a",
+    "-audiodev none",
+    "-audiodev none,id=a,foo=1",
+    "-rtc foo=1",
+    "-boot foo=1",
+    "-boot strict=foo",
+    "-overcommit foo=1",
+    "-msg foo=1",
+    "-msg timestamp=foo",
     "-machine none -chardev null,id=a -chardev null,id=a",
     "-machine none -mon foo",
     "-machine none -chardev null,id=a -mon a,mode=foo",
@@ -227,6 +266,60 @@ def test_a_daemon_listens_writes_its_number_and_begins_with_a_snapshot(tmp_path:
     pid = int(pidfile.read_text())
     assert talk("query-status", "quit")[0] == {"status": "prelaunch", "running": False}
     gone(pid)
+
+
+def listening(path: Path) -> socket.socket:
+    """A manager's own socket."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(str(path))
+    sock.listen()
+    return sock
+
+
+KERNEL = (*("-machine", "virt", "-m", "64", "-nodefaults", "-display", "none"), *("-kernel", str(GUEST)))
+
+
+def read_until(source: Callable[[], bytes], wanted: bytes) -> bytes:
+    """:param source: what has come since the last call. Fails after `PATIENCE`."""
+    data, deadline = b"", time.monotonic() + PATIENCE
+    while wanted not in data:
+        assert time.monotonic() < deadline, data
+        data += source()
+    return data
+
+
+def test_a_manager_hands_over_the_sockets_that_it_listens_at(tmp_path: Path) -> None:
+    with listening(tmp_path / "qmp") as monitor, listening(tmp_path / "serial") as serial:
+        numbers = {"m": monitor.fileno(), "s": serial.fileno()}
+        places = [f"socket,id={name},fd={fd},server=on,wait=off" for name, fd in numbers.items()]
+        words = [word for place in places for word in ("-chardev", place)]
+        words += ["-mon", "chardev=m,mode=control", "-serial", "chardev:s", "-append", "mb=2", "-daemonize"]
+        subprocess.run([*OURS, *KERNEL, *words], check=True, timeout=PATIENCE, pass_fds=numbers.values())
+    with connected(tmp_path / "qmp", None) as client, connected(tmp_path / "serial", None) as console:
+        console.settimeout(PATIENCE)
+        read_until(lambda: console.recv(4096), b"HB 2 ")
+        client.settimeout(PATIENCE)
+        client.sendall(b'{"execute":"qmp_capabilities"}{"execute":"query-chardev"}{"execute":"quit"}')
+        said = read_until(lambda: client.recv(4096), b"SHUTDOWN")
+    shown = {"s": f"unix:{tmp_path}/serial,server=on", "m": f"unix:{tmp_path}/qmp,server=on"}
+    replies = [json.loads(line) for line in said.splitlines()]
+    [chardevs] = [each["return"] for each in replies if each.get("return")]
+    assert {each["label"]: each["filename"] for each in chardevs} == shown
+
+
+def test_a_manager_hands_over_the_file_that_the_guest_writes_to(tmp_path: Path) -> None:
+    path = tmp_path / "serial.log"
+    path.write_text("before\n")
+    with path.open("ab") as file:
+        words = ["-add-fd", f"set=7,fd={file.fileno()}", "-chardev", "file,id=s,path=/dev/fdset/7,append=on"]
+        words += ["-serial", "chardev:s", "-append", "mb=2"]
+        machine = subprocess.Popen([*OURS, *KERNEL, *words], pass_fds=[file.fileno()])
+    try:
+        with path.open("rb") as reader:
+            assert read_until(reader.read, b"HB 2 ").startswith(b"before\n")
+    finally:
+        machine.terminate()
+        machine.wait(PATIENCE)
 
 
 def test_commas_are_doubled_inside_values_and_a_key_alone_is_a_switch() -> None:

@@ -4,13 +4,14 @@ import os
 import socket
 import stat
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from machine.machines import wait_until
 from stillframe.errors import AlreadyExists, InUse, IOFailed
-from stillframe.machine.console import LogConsole, MemoryConsole, SocketConsole, StdioConsole
+from stillframe.machine.console import LogConsole, MemoryConsole, PtyConsole, SocketConsole, StdioConsole
 
 
 def test_log_has_every_byte_and_is_appended_to(tmp_path: Path) -> None:
@@ -105,3 +106,23 @@ def test_source_of_input_waits_while_the_guest_takes_none() -> None:
     assert fed.wait(20)
     console.close()
     console.feed(b"after the end")
+
+
+def test_a_pseudo_terminal_serves_one_program_after_the_other() -> None:
+    with closing(PtyConsole()) as console:
+        for turn in (b"first", b"second"):
+            terminal = os.open(console.filename.removeprefix("pty:"), os.O_RDWR | os.O_NOCTTY)
+            try:
+                console.write(turn + b"\r\n")
+                shown = b""
+                while not shown.endswith(b"\n"):
+                    shown += os.read(terminal, 64)
+                # Raw: nothing is added, and nothing comes back.
+                assert shown == turn + b"\r\n"
+                typed = threading.Event()
+                console.on_input = typed.set
+                os.write(terminal, turn + b"\r\x03")
+                assert typed.wait(30)
+                assert console.take(64) == turn + b"\r\x03"
+            finally:
+                os.close(terminal)

@@ -146,6 +146,12 @@ THEIRS_ALONE = {
     "blockdev-create",
     "query-block-jobs",
     "transaction",
+    "migrate-set-capabilities",
+    "query-command-line-options",
+    "query-cpus-fast",
+    "query-machines",
+    "query-migrate-capabilities",
+    "query-target",
 }
 
 

@@ -4,18 +4,23 @@ What our machine does not have is refused in QEMU's words; docs/differences.md s
 """
 
 import contextlib
+import datetime
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from stillframe import __version__
-from stillframe.cli.drop_in_options import BOARDS, DEVICES, OPTIONS, Drive, Wishes, read_wishes
+from stillframe.cli.drop_in_options import OPTIONS, Drive, Wishes, read_wishes
+from stillframe.cli.drop_in_parameters import PARAMETERS
 from stillframe.cli.drop_in_words import BadOption, Option, split_words
 from stillframe.cli.run_options import DeviceOptions, RunOptions
 from stillframe.cli.serve import serve, start_detached
 from stillframe.data import idle_firmware
 from stillframe.errors import InvalidRequest, StillframeError
+from stillframe.machine.catalogue import BOARDS, CPU_MODELS, DEVICES
+from stillframe.monitor.addresses import FdAddress
 
 if TYPE_CHECKING:
     from stillframe.block.graph import BlockGraph
@@ -28,10 +33,13 @@ _QCOW2 = b"QFI\xfb"
 
 def main() -> None:
     """The program; ends the process."""
-    words = sys.argv[1:]
+    words, wishes = sys.argv[1:], Wishes()
     try:
-        code = _run(words)
+        code = _run(words, wishes)
     except StillframeError as error:
+        if wishes.timestamps:
+            now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
+            print(now.isoformat(timespec="microseconds"), end="Z ", file=sys.stderr)
         for line in str(error).splitlines():
             # QEMU's hints are lines of their own, without the program's name.
             hint = line.startswith(("Use -", "Optional suffix", "and exabytes", "Identifiers consist"))
@@ -43,8 +51,8 @@ def main() -> None:
     sys.exit(code)
 
 
-def _run(words: list[str]) -> int:
-    wishes = read_wishes(split_words(words, {name: bool(known.usage) for name, known in OPTIONS.items()}))
+def _run(words: list[str], wishes: Wishes) -> int:
+    read_wishes(split_words(words, {name: bool(known.usage) for name, known in OPTIONS.items()}), wishes)
     if wishes.questions:
         print(_answer(wishes.questions[0]))
         return 0
@@ -52,17 +60,23 @@ def _run(words: list[str]) -> int:
     if wishes.daemonize:
         for option in wishes.on_stdio():
             raise option.refused("cannot use stdio with -daemonize")
-        return start_detached(_MODULE, [word for word in words if word.lstrip("-") != "daemonize"])
+        handed_on = [place.address.fd for place in options.monitors if isinstance(place.address, FdAddress)]
+        handed_on += [*wishes.fd_sets.values(), *([] if options.console.fd is None else [options.console.fd])]
+        undetached = [word for word in words if word.lstrip("-") != "daemonize"]
+        return start_detached(_MODULE, undetached, handed_on)
+    if not wishes.dump_guest_core:
+        # No dump at all has no memory of the guest.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     with _pidfile(wishes):
-        return serve(options, lambda graph: _add_nodes(graph, wishes))
+        return serve(options, lambda graph: _add_nodes(graph, wishes), command_line=PARAMETERS)
 
 
 def _answer(question: str) -> str:
     lists = {
         "accel": ["Accelerators supported in QEMU binary:", "tcg"],
-        "cpu": ["Available CPUs:", "  max", "  rv64"],
+        "cpu": ["Available CPUs:", *(f"  {model}" for model in sorted(CPU_MODELS))],
         "device": [f'name "{name}", bus virtio-bus' for name in DEVICES],
-        "machine": ["Supported machines are:", *(f"{name:20} {text}" for name, text in BOARDS.items())],
+        "machine": ["Supported machines are:", *(f"{each.name:20} {each.text}" for each in BOARDS.values())],
     }
     version = f"QEMU emulator version 10.0.13 (stillframe-{__version__})"
     if question == "version":
@@ -93,6 +107,7 @@ def _run_options(wishes: Wishes) -> RunOptions:
             )
     if wishes.initrd is not None and not wishes.initrd.exists():
         raise BadOption(f"could not load ramdisk '{wishes.initrd}'")
+    entropy = [device for device in wishes.devices if device.options.kind == "virtio-rng-device"]
     nothing = wishes.board == "virt" and wishes.kernel is None and wishes.bios is None
     return RunOptions(
         name=wishes.name,
@@ -119,7 +134,8 @@ def _run_options(wishes: Wishes) -> RunOptions:
         devices_as_given=(),
         reconnect=0,
         words=(),
-        entropy=any(device.options.kind == "virtio-rng-device" for device in wishes.devices),
+        entropy=bool(entropy),
+        entropy_id=next((device.options.options.get("id") for device in entropy), None),
         loadvm=wishes.loadvm,
     )
 

@@ -1,19 +1,19 @@
 """What a command line of QEMU's asks for, as far as our machine has the thing; the rest is refused in QEMU's words."""
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from stillframe.cli.drop_in_chardevs import Chardev, backend, character
+from stillframe.cli.drop_in_parameters import PARAMETERS, refuse_unknown
+from stillframe.cli.drop_in_settings import check_audio, check_boot, check_setting, read_object, switch_of
 from stillframe.cli.drop_in_words import BadOption, Option, key_values, size, switch
 from stillframe.cli.run_options import ConsoleOptions, DeviceOptions, MonitorPlace
-from stillframe.monitor.addresses import Address, StdioAddress, TcpAddress, UnixAddress
+from stillframe.machine.catalogue import BOARDS, CPU_MODELS, DEVICES
+from stillframe.monitor.addresses import FdAddress, StdioAddress
 
-BOARDS = {"none": "empty machine", "virt": "RISC-V VirtIO board (default)"}
-DEVICES: Mapping[str, frozenset[str]] = {
-    "virtio-blk-device": frozenset({"drive", "id", "serial", "werror", "rerror", "bus"}),
-    "virtio-rng-device": frozenset({"id", "bus"}),
-}
 _DRIVE_WORDS = frozenset(
     {"if", "id", "file", "format", "driver", "readonly", "media", "unit", "index", "werror", "rerror"}
 )
@@ -49,20 +49,6 @@ class Device:
 
 
 @dataclass(slots=True)
-class Chardev:
-    """Where characters come from and go to.
-
-    :param kind: "stdio", "null", "file", "unix" or "tcp". :param address: of the last two and "stdio".
-    :param path: of "file" and "unix". :param waits: whether the guest waits for a client.
-    """
-
-    kind: str
-    address: Address | None = None
-    path: Path | None = None
-    waits: bool = False
-
-
-@dataclass(slots=True)
 class Wishes:
     """All that was asked for, in the order in which it was asked."""
 
@@ -90,17 +76,24 @@ class Wishes:
     nographic: bool = False
     bare: bool = False
     keep_after_shutdown: bool = False
+    dump_guest_core: bool = True
+    timestamps: bool = False
+    objects: dict[str, str] = field(default_factory=dict)
+    fd_sets: dict[str, int] = field(default_factory=dict)
     questions: list[str] = field(default_factory=list)
 
     def places(self) -> tuple[MonitorPlace, ...]:
         """Where monitors are to listen. :raise BadOption: at a character device that there is not."""
         found = []
-        for option, mode, chardev in self.monitors:
+        for number, (option, mode, chardev) in enumerate(self.monitors):
             device = self._chardev(chardev)
             if device is None:
                 raise option.refused(f'chardev "{chardev}" not found')
+            if device.kind == "pty":
+                raise option.refused("a monitor at a pty is not there")
             if device.address is not None:
-                found.append(MonitorPlace(device.address, mode, device.waits))
+                label = chardev if isinstance(chardev, str) else f"compat_monitor{number}"
+                found.append(MonitorPlace(device.address, mode, device.waits, label))
         return tuple(found)
 
     def on_stdio(self) -> tuple[Option, ...]:
@@ -122,7 +115,10 @@ class Wishes:
         if device is None or device.kind == "tcp":
             raise option.refused(f"could not connect serial device to character backend '{option.value}'")
         return ConsoleOptions(
-            {"stdio": "stdio", "file": "log", "unix": "unix", "null": "none"}[device.kind], device.path
+            {"file": "log", "null": "none", "fd": "unix"}.get(device.kind, device.kind),
+            device.path,
+            chardev if isinstance(chardev, str) else "serial0",
+            device.address.fd if isinstance(device.address, FdAddress) else None,
         )
 
     def _chardev(self, chardev: Chardev | str) -> Chardev | None:
@@ -143,7 +139,9 @@ def _machine(wishes: Wishes, option: Option) -> None:
             _accelerator(value.split(":"), "")
         elif key in ("pflash0", "pflash1"):
             wishes.flash[key] = value
-        elif key != "usb" or switch(option, key, value):
+        elif key == "dump-guest-core":
+            wishes.dump_guest_core = switch_of(key, value)
+        elif key not in ("usb", "mem-merge") or switch_of(key, value):
             raise BadOption(f"Property '{wishes.board}-machine.{key}' not found")
 
 
@@ -163,17 +161,15 @@ def _accelerator(names: list[str], prefix: str) -> None:
 
 
 def _memory(wishes: Wishes, option: Option) -> None:
-    for key, value in key_values(option, "size").items():
-        if key != "size":
-            raise option.refused(f"Invalid parameter '{key}'")
-        wishes.memory = size(option, "size", value) or 128 << 20
+    words = key_values(option, "size")
+    refuse_unknown(option, "memory", words)
+    wishes.memory = size(option, "size", words.get("size", "0")) or 128 << 20
 
 
 def _smp(wishes: Wishes, option: Option) -> None:
     words = key_values(option, "cpus")
-    parts = {"cpus", "maxcpus", "sockets", "cores", "threads", "dies", "clusters"}
     for key in words:
-        if key not in parts:
+        if key not in PARAMETERS["smp-opts"]:
             raise BadOption(f"Parameter 'smp.{key}' is unexpected")
     for key, value in words.items():
         if not value.isdigit():
@@ -185,7 +181,7 @@ def _cpu(wishes: Wishes, option: Option) -> None:
     model, _, rest = option.value.partition(",")
     if model in ("help", "?"):
         wishes.questions.append("cpu")
-    elif model not in ("rv64", "max"):
+    elif model not in CPU_MODELS:
         raise BadOption(f"unable to find CPU model '{model}'")
     elif rest:
         key = rest.partition("=")[0]
@@ -196,8 +192,7 @@ def _cpu(wishes: Wishes, option: Option) -> None:
 
 def _icount(wishes: Wishes, option: Option) -> None:
     words = key_values(option, "shift")
-    for key in words.keys() - {"shift", "align", "sleep"}:
-        raise option.refused(f"Invalid parameter '{key}'")
+    refuse_unknown(option, "icount", words)
     shift = words.get("shift", "")
     if not shift.isdigit() or int(shift) > _MAX_SHIFT:
         raise option.refused("icount: Invalid shift value")
@@ -205,11 +200,9 @@ def _icount(wishes: Wishes, option: Option) -> None:
 
 
 def _name(wishes: Wishes, option: Option) -> None:
-    for key, value in key_values(option, "guest").items():
-        if key == "guest":
-            wishes.name = value
-        elif key not in ("process", "debug-threads"):
-            raise option.refused(f"Invalid parameter '{key}'")
+    words = key_values(option, "guest")
+    refuse_unknown(option, "name", words)
+    wishes.name = words.get("guest", wishes.name)
 
 
 def _uuid(wishes: Wishes, option: Option) -> None:
@@ -275,88 +268,60 @@ def _device(wishes: Wishes, option: Option) -> None:
         return
     if kind not in DEVICES:
         raise option.refused(f"'{kind}' is not a valid device model name")
+    known = {"id", "bus", *(each.name for each in DEVICES[kind])}
     for key in words:
-        if key not in DEVICES[kind]:
+        if key not in known:
             raise option.refused(f"Property '{kind}.{key}' not found")
     if kind == "virtio-blk-device" and "drive" not in words:
         raise option.refused("drive property not set")
     if wishes.board == "none":
         raise option.refused(f"No 'virtio-bus' bus found for device '{kind}'")
     words.pop("bus", None)
+    # no-boot-order
+    if not words.pop("bootindex", "0").lstrip("-").isdecimal():
+        raise option.refused("Parameter 'bootindex' expects an int64 value or range")
+    if (cache := words.pop("write-cache", "on")) not in ("on", "auto"):
+        raise option.refused(f"Parameter 'write-cache' does not accept value '{cache}'")
+    if (source := words.pop("rng", None)) is not None:
+        if source not in wishes.objects:
+            raise option.refused(f"Device '{source}' not found")
+        if not wishes.objects[source].startswith("rng-"):
+            raise option.refused("Invalid parameter type for 'rng', expected: rng-backend")
+    words = {
+        key: value
+        for key, value in words.items()
+        if (key, value) not in (("werror", "auto"), ("rerror", "auto"))
+    }
     wishes.devices.append(Device(DeviceOptions(kind, words), option))
 
 
 def _chardev(wishes: Wishes, option: Option) -> None:
     words = key_values(option, "backend")
     kind = words.get("backend", "")
-    if "id" not in words:
+    name = words.pop("id", None)
+    if name is None:
         raise option.refused("chardev: no id specified")
-    if words["id"] in wishes.chardevs:
-        raise option.refused(f"Duplicate ID '{words['id']}' for chardev")
-    wishes.chardevs[words["id"]] = _backend(option, kind, words)
-
-
-def _backend(option: Option, kind: str, words: Mapping[str, str]) -> Chardev:
-    if kind == "stdio":
-        return Chardev("stdio", StdioAddress())
-    if kind == "null":
-        return Chardev("null")
-    if kind == "file":
-        if "path" not in words:
-            raise option.refused("chardev: file: no filename given")
-        return Chardev("file", path=Path(words["path"]))
-    if kind != "socket":
-        raise option.refused(f"'{kind}' is not a valid char driver name")
-    server = switch(option, "server", words.get("server", "off"))
-    waits = server and switch(option, "wait", words.get("wait", "on"))
-    if "path" in words:
-        path = Path(words["path"])
-        if not server:
-            raise option.refused(f"Failed to connect to '{path}': only server=on is there")
-        return Chardev("unix", UnixAddress(path), path, waits)
-    if not words.get("port", "").isdigit():
-        raise option.refused("chardev: socket: no path, host or port given")
-    return Chardev("tcp", TcpAddress(words.get("host") or "127.0.0.1", int(words["port"])), None, waits)
-
-
-def _character(option: Option) -> Chardev | str | None:
-    """What `-serial`, `-qmp` and `-monitor` name in short; None for nothing."""
-    kind, _, rest = option.value.partition(":")
-    if option.value in ("none", "vc") or kind == "vc":
-        return None
-    if kind == "mon":
-        kind, _, rest = rest.partition(":")
-    if kind == "chardev":
-        return rest
-    if kind in ("stdio", "null"):
-        return _backend(option, kind, {})
-    if kind == "file":
-        return _backend(option, kind, {"path": rest})
-    if kind == "unix":
-        return _backend(option, "socket", key_values(Option(option.name, rest), "path"))
-    if kind == "tcp":
-        words = key_values(Option(option.name, rest), "host")
-        host, _, port = words.pop("host", "").rpartition(":")
-        return _backend(option, "socket", {**words, "host": host, "port": port})
-    if option.name == "serial":
-        raise BadOption(
-            f"{option.text}: '{option.value}' is not a valid char driver\n"
-            f"{option.text}: could not connect serial device to character backend '{option.value}'"
-        )
-    raise BadOption(
-        f"{option.text}: '{option.value}' is not a valid char driver\n"
-        f"{option.text}: parse error: {option.value}"
-    )
+    if name in wishes.chardevs:
+        raise option.refused(f"Duplicate ID '{name}' for chardev")
+    device = backend(option, kind, words)
+    if device.kind == "file" and str(device.path).startswith("/dev/fdset/"):
+        fd = wishes.fd_sets.get(str(device.path))
+        if fd is None:
+            raise option.refused(f"Could not open '{device.path}': No such file or directory")
+        device = Chardev("file", path=Path(f"/proc/self/fd/{fd}"))
+    wishes.chardevs[name] = device
 
 
 def _serial(wishes: Wishes, option: Option) -> None:
-    found = _character(option)
+    found = character(option)
+    if wishes.serial is not None:
+        raise option.refused("there is one serial port")
     wishes.serial = (option, Chardev("null") if found is None else found)
 
 
 def _monitor_at(mode: str) -> Callable[[Wishes, Option], None]:
     def monitor(wishes: Wishes, option: Option) -> None:
-        found = _character(option)
+        found = character(option)
         if found is not None:
             wishes.monitors.append((option, mode, found))
 
@@ -368,11 +333,41 @@ def _mon(wishes: Wishes, option: Option) -> None:
     mode = words.get("mode", "readline")
     if mode not in ("control", "readline"):
         raise option.refused(f"Parameter 'mode' does not accept value '{mode}'")
-    for key in words.keys() - {"chardev", "mode"}:
-        raise option.refused(f"Invalid parameter '{key}'")
+    refuse_unknown(option, "mon", words)
     if "chardev" not in words:
         raise option.refused("chardev is required")
     wishes.monitors.append((option, mode, words["chardev"]))
+
+
+def _msg(wishes: Wishes, option: Option) -> None:
+    words = key_values(option)
+    refuse_unknown(option, "msg", words)
+    wishes.timestamps = switch(option, "timestamp", words.get("timestamp", "off"))
+
+
+def _object(wishes: Wishes, option: Option) -> None:
+    identity, kind = read_object(option)
+    if identity in wishes.objects:
+        raise option.refused(f"Duplicate ID '{identity}' for object")
+    wishes.objects[identity] = kind
+
+
+def _add_fd(wishes: Wishes, option: Option) -> None:
+    words = key_values(option)
+    refuse_unknown(option, "add-fd", words)
+    for key in ("fd", "set"):
+        if not words.get(key, "0").isdecimal():
+            raise option.refused(f"Parameter '{key}' expects a number")
+    if "fd" not in words:
+        raise option.refused("fd option is required and must be non-negative")
+    fd = int(words["fd"])
+    if fd <= 2:
+        raise option.refused("fd cannot be a standard I/O stream")
+    try:
+        os.fstat(fd)
+    except (OSError, OverflowError):
+        raise option.refused("fd is not valid or already in use") from None
+    wishes.fd_sets[f"/dev/fdset/{int(words.get('set', '0'))}"] = fd
 
 
 def _none_only(wishes: Wishes, option: Option) -> None:
@@ -437,12 +432,13 @@ OPTIONS: Mapping[str, Known] = {
     "net": Known(_none_only, "none", "there is no network"),
     "nic": Known(_none_only, "none", "there is no network"),
     "parallel": Known(_none_only, "none", "there is no parallel port"),
+    "audiodev": Known(lambda w, o: check_audio(o), "none,id=name", "there is no sound"),
     "nographic": Known(_yes("nographic"), "", "the console on standard input and output"),
     "kernel": Known(_set("kernel", Path), "file", "a riscv64 kernel"),
     "initrd": Known(_set("initrd", Path), "file", "its initial file system"),
     "append": Known(_set("append", str), "words", "its command line"),
     "bios": Known(_bios, "file", "firmware, started in S mode"),
-    "chardev": Known(_chardev, "stdio|null|file|socket,id=name...", "where characters go"),
+    "chardev": Known(_chardev, "stdio|null|file|pty|socket,id=name...", "where characters go"),
     "qmp": Known(_monitor_at("control"), "place", "a monitor for programs"),
     "monitor": Known(_monitor_at("readline"), "place", "a monitor for people"),
     "mon": Known(_mon, "[chardev=]name[,mode=readline|control]", "a monitor at a -chardev"),
@@ -453,17 +449,25 @@ OPTIONS: Mapping[str, Known] = {
     "icount": Known(_icount, "[shift=]n", "time from the instructions counted"),
     "loadvm": Known(_set("loadvm", str), "tag", "begin with a snapshot"),
     "nodefaults": Known(_yes("bare"), "", "no devices that were not asked for"),
+    "object": Known(_object, "rng-builtin|rng-random|secret,id=name...", "a source of entropy: the kernel"),
+    "add-fd": Known(_add_fd, "fd=n,set=n", "a descriptor as the file /dev/fdset/n of a -chardev"),
+    "rtc": Known(lambda w, o: check_setting(o), "base=utc", "the real-time clock: the host's, in UTC"),
+    "overcommit": Known(lambda w, o: check_setting(o), "mem-lock=off", "memory is not locked"),
+    "boot": Known(lambda w, o: check_boot(o), "strict=on|off", "accepted: nobody reads an order"),
+    "msg": Known(_msg, "timestamp=on|off", "errors begin with the time"),
     "no-user-config": Known(lambda wishes, option: None, "", "accepted: there are no such files"),
     "no-shutdown": Known(_yes("keep_after_shutdown"), "", "stay when the guest powers itself off"),
 }
 """Every option, by its name without dashes."""
 
 
-def read_wishes(options: tuple[Option, ...]) -> Wishes:
-    """:raise BadOption: in QEMU's words."""
-    wishes = Wishes()
-    # A device says what it wants of the board, which may be named after it.
-    for option in sorted(options, key=lambda option: option.name not in ("machine", "M")):
+_FIRST = ("msg", "machine", "M", "add-fd", "object")
+"""How errors are said; then the board, of which a device says what it wants, and what others name."""
+
+
+def read_wishes(options: tuple[Option, ...], wishes: Wishes) -> None:
+    """:param wishes: what was asked for is put there, as far as it was read. :raise BadOption: in QEMU's words."""
+    for option in sorted(options, key=lambda option: (*_FIRST, option.name).index(option.name)):
         if option.name == "":
             _disk_image(wishes, option)
         else:
@@ -477,4 +481,3 @@ def read_wishes(options: tuple[Option, ...]) -> Wishes:
             raise BadOption(f"-{name} only allowed with -kernel option")
     if wishes.board == "none" and wishes.kernel is not None:
         raise BadOption("The -kernel parameter is not supported (use the generic 'loader' device instead).")
-    return wishes

@@ -28,13 +28,14 @@ class DeviceOptions:
 class MonitorPlace:
     """Where a monitor listens.
 
-    :param mode: "control" for QMP, "readline" for the human one.
+    :param mode: "control" for QMP, "readline" for the human one. :param label: of its character device; "" for QEMU's usual one.
     :param waits: whether the guest does not begin before somebody has connected.
     """
 
     address: Address
     mode: str = "control"
     waits: bool = False
+    label: str = ""
 
 
 _DEVICE_KEYS = {
@@ -45,10 +46,16 @@ _QEMU_NAMES = {"virtio-blk-device": "virtio-blk"}
 
 @dataclass(frozen=True, slots=True)
 class ConsoleOptions:
-    """A `--console`. :param kind: "stdio", "unix", "log" or "none". :param path: of the last but one and two."""
+    """A `--console`.
+
+    :param kind: "stdio", "unix", "log", "pty" or "none". :param path: of "unix" and "log".
+    :param label: of its character device; "" for QEMU's usual one. :param fd: of "unix" without a path: a socket to listen at.
+    """
 
     kind: str
     path: Path | None = None
+    label: str = ""
+    fd: int | None = None
 
 
 def parse_memory(text: str) -> int:
@@ -131,6 +138,7 @@ class RunOptions:
     """Everything that was asked for, checked as far as words can be.
 
     :param algorithm: :param stale_percent: see `KeepingOptions`. :param entropy: whether there is a virtio-rng device.
+    :param entropy_id: its id, if it has one.
     :param loadvm: the snapshot to begin with.
     :param uuid: the machine's.
     """
@@ -160,5 +168,6 @@ class RunOptions:
     algorithm: Literal["xxh3", "blake3"] = "xxh3"
     stale_percent: int = 50
     entropy: bool = True
+    entropy_id: str | None = None
     loadvm: str | None = None
     uuid: str | None = None

@@ -7,14 +7,17 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import click
 
 from stillframe.cli.main import EXIT_FAILED
 from stillframe.cli.run_options import ConsoleOptions, RunOptions
+from stillframe.monitor.addresses import listening_filename
 
 if TYPE_CHECKING:
     from stillframe.block.graph import BlockGraph
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from stillframe.machine.build import MachineConfig, MachineHome, QemuMachine
     from stillframe.machine.console import Console
     from stillframe.machine.machine import Machine
-    from stillframe.monitor.host import Host
+    from stillframe.monitor.host import CharacterDevice, Host
     from stillframe.monitor.server import MonitorServer
 
 _READY = b"ready\n"
@@ -38,21 +41,22 @@ def serve(
     *,
     asked: Sequence[str] = (),
     found: "MachineHome | None" = None,
+    command_line: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
 ) -> int:
     """Put a machine together and serve it until it ends.
 
     :param add_nodes: opens the nodes that it begins with. :param asked: the words that the machine was asked for with.
-    :param found: of a machine that is to be taken over.
+    :param found: of a machine that is to be taken over. :param command_line: as of `Host`.
     :return: the process's exit code.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
-    return asyncio.run(_serve(options, add_nodes, asked, found))
+    return asyncio.run(_serve(options, add_nodes, asked, found, command_line))
 
 
-def start_detached(module: str, words: Sequence[str]) -> int:
+def start_detached(module: str, words: Sequence[str], descriptors: Sequence[int] = ()) -> int:
     """Start the machine as a process of its own session; return once it listens and runs.
 
-    :param module: the program, as Python's `-m` finds it.
+    :param module: the program, as Python's `-m` finds it. :param descriptors: that it goes on with.
     """
     ready_read, ready_write = os.pipe()
     with os.fdopen(ready_read, "rb") as ready:
@@ -60,7 +64,7 @@ def start_detached(module: str, words: Sequence[str]) -> int:
             [sys.executable, "-m", module, *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            pass_fds=[ready_write],
+            pass_fds=[ready_write, *descriptors],
             env={**os.environ, _READY_FD: str(ready_write)},
             start_new_session=True,
         )
@@ -89,6 +93,7 @@ async def _serve(
     add_nodes: "Callable[[BlockGraph], None]",
     asked_words: Sequence[str],
     found: "MachineHome | None",
+    command_line: Mapping[str, Mapping[str, str]],
 ) -> int:
     from stillframe.block.graph import BlockGraph
     from stillframe.events import EventBus
@@ -127,8 +132,17 @@ async def _serve(
         console = stack.enter_context(_console(options.console, end))
         machine = _built(options, graph, console, events, home)
         stack.callback(machine.close)
-        keeping = KeepingOptions(options.algorithm, options.stale_percent / 100)
-        host = Host(machine, graph, Jobs(events), events, keeping, options.uuid)
+        host = Host(
+            machine,
+            graph,
+            Jobs(events),
+            events,
+            KeepingOptions(options.algorithm, options.stale_percent / 100),
+            own_uuid=options.uuid,
+            command_line=command_line,
+            chardevs=_character_devices(options, console),
+            peripherals=_peripherals(options),
+        )
         begun = asyncio.Event()
         server = MonitorServer(host, begun=begun)
         try:
@@ -276,9 +290,28 @@ def _machine_config(options: RunOptions, graph: "BlockGraph", console: "Console"
     )
 
 
+def _peripherals(options: RunOptions) -> dict[str, str]:
+    disks = [device.options["id"] for device in options.devices if "id" in device.options]
+    found = dict.fromkeys(disks, "virtio-blk-device")
+    return found if options.entropy_id is None else {**found, options.entropy_id: "virtio-rng-device"}
+
+
+def _character_devices(options: RunOptions, console: "Console") -> "tuple[CharacterDevice, ...]":
+    from stillframe.monitor.host import CharacterDevice
+
+    found = []
+    if options.console.kind != "none" or options.console.label:
+        found.append(CharacterDevice(options.console.label or "serial0", lambda: console.filename))
+    for number, place in enumerate(options.monitors):
+        label = place.label or f"compat_monitor{number}"
+        # Asked now: a descriptor is another's once the monitor is closed.
+        found.append(CharacterDevice(label, partial(str, listening_filename(place.address))))
+    return tuple(found)
+
+
 @contextlib.contextmanager
 def _console(options: ConsoleOptions, end: Callable[[], None]) -> "Iterator[Console]":
-    from stillframe.machine.console import Console, LogConsole, SocketConsole
+    from stillframe.machine.console import Console, LogConsole, PtyConsole, SocketConsole
 
     if options.kind == "stdio":
         from stillframe.cli.terminal import TerminalConsole, raw_terminal
@@ -290,9 +323,13 @@ def _console(options: ConsoleOptions, end: Callable[[], None]) -> "Iterator[Cons
         return
     path = options.path or Path()
     console = {
-        "unix": lambda: SocketConsole(path),
+        "unix": lambda: SocketConsole(path if options.fd is None else options.fd),
         "log": lambda: LogConsole(path),
+        "pty": PtyConsole,
         "none": Console,
     }[options.kind]()
     with contextlib.closing(console):
+        if options.kind == "pty":
+            where = console.filename.removeprefix("pty:")
+            click.echo(f"char device redirected to {where} (label {options.label})")
         yield console

@@ -9,15 +9,18 @@ import os
 import select
 import socket
 import threading
+import tty
 from collections.abc import Callable
 from pathlib import Path
 
-from stillframe.errors import io_failed
-from stillframe.sockets import listening_unix_socket
+from stillframe.errors import Refused, io_failed
+from stillframe.sockets import SocketFile, listening_unix_socket
 
 _INPUT_LIMIT = 64 << 10
 _OUTPUT_LIMIT = 4 << 20
 _CHUNK = 64 << 10
+_LOOK_SECONDS = 0.2
+"""How often a pseudo terminal that nobody has opened is looked at."""
 
 
 class Console:
@@ -29,6 +32,11 @@ class Console:
         self._input = bytearray()
         self._room = threading.Condition()
         self._closed = False
+
+    @property
+    def filename(self) -> str:
+        """What is at the other end, as QEMU names character devices."""
+        return "null"
 
     def write(self, data: bytes) -> None:
         """Characters from the guest; returns at once."""
@@ -132,6 +140,11 @@ class LogConsole(_ThreadedConsole):
             raise io_failed(f"Could not open the console's log '{path}'", error) from error
         super().__init__()
 
+    @property
+    def filename(self) -> str:
+        """As of the base."""
+        return "file"
+
     def _put(self, data: bytes) -> None:
         with contextlib.suppress(OSError, ValueError):
             self._file.write(data)
@@ -151,15 +164,24 @@ class StdioConsole(_ThreadedConsole):
         self._reader = threading.Thread(target=self._read_loop, name="console-input", daemon=True)
         self._reader.start()
 
+    @property
+    def filename(self) -> str:
+        """As of the base."""
+        return "stdio"
+
     def _put(self, data: bytes) -> None:
         rest = memoryview(data)
-        while rest and not self._closed:
+        while rest and not self._closed and self._has_reader():
             _, writable, _ = select.select([], [self._out], [], 0.5)
             if writable:
                 try:
                     rest = rest[os.write(self._out, rest[:512]) :]
                 except OSError:
                     return
+
+    def _has_reader(self) -> bool:
+        """Whether there is anybody to write to."""
+        return True
 
     def _read_loop(self) -> None:
         while not self._closed:
@@ -184,18 +206,72 @@ class StdioConsole(_ThreadedConsole):
         os.close(self._wake_write)
 
 
-class SocketConsole(_ThreadedConsole):
-    """A unix socket of its user's alone; one client at a time, the next one waits in line.
+class PtyConsole(StdioConsole):
+    """A pseudo terminal, for one program after the other to open. While none has, output is dropped."""
 
+    def __init__(self) -> None:
+        self._master, slave = os.openpty()
+        tty.setraw(slave)
+        self._path = os.ttyname(slave)
+        os.close(slave)
+        super().__init__((self._master, self._master))
+
+    @property
+    def filename(self) -> str:
+        """As of the base; what a program opens follows "pty:"."""
+        return f"pty:{self._path}"
+
+    def _has_reader(self) -> bool:
+        hang_up = select.poll()
+        hang_up.register(self._master, 0)
+        return not hang_up.poll(0)
+
+    def _read_loop(self) -> None:
+        while not self._closed:
+            sources = [self._master, self._wake_read] if self._has_reader() else [self._wake_read]
+            # Nothing tells when somebody opens the other end.
+            readable, _, _ = select.select(sources, [], [], _LOOK_SECONDS)
+            if self._master in readable:
+                # The other end was closed meanwhile.
+                with contextlib.suppress(OSError):
+                    self.feed(os.read(self._master, 4096))
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        super().close()
+        os.close(self._master)
+
+
+class SocketConsole(_ThreadedConsole):
+    """A unix socket of its user's alone, or one that this process was given; one client at a time, the next one waits in line.
+
+    :param where: a path, or the descriptor of a socket.
     :raise Refused: it cannot be had, as `listening_unix_socket` says.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, where: Path | int) -> None:
         self._client: socket.socket | None = None
-        self._server, self._file = listening_unix_socket(path)
+        self._file: SocketFile | None = None
+        if isinstance(where, int):
+            try:
+                self._server = socket.socket(fileno=where)
+                self._server.set_inheritable(False)
+                self._server.listen()
+            except OSError as error:
+                raise Refused(f"Could not listen at 'fd:{where}': {error.strerror}") from error
+        else:
+            self._server, self._file = listening_unix_socket(where)
+        name = where if isinstance(where, Path) else self._server.getsockname()
+        self._name = f"tcp:{name[0]}:{name[1]}" if isinstance(name, tuple) else f"unix:{name}"
         super().__init__()
         self._acceptor = threading.Thread(target=self._serve, name="console-socket", daemon=True)
         self._acceptor.start()
+
+    @property
+    def filename(self) -> str:
+        """As of the base."""
+        return f"{'' if self._client else 'disconnected:'}{self._name},server=on"
 
     def _put(self, data: bytes) -> None:
         client = self._client
@@ -224,5 +300,6 @@ class SocketConsole(_ThreadedConsole):
                 with contextlib.suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)
         self._server.close()
-        self._file.remove()
+        if self._file is not None:
+            self._file.remove()
         self._acceptor.join(1.0)

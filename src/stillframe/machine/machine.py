@@ -125,6 +125,11 @@ class Machine:
     # What it is
 
     @property
+    def processor_threads(self) -> tuple[int, ...]:
+        """The host's numbers of the threads that run a processor each; none before the start."""
+        return () if self._thread is None or self._thread.native_id is None else (self._thread.native_id,)
+
+    @property
     def other_monitor(self) -> None:
         """Nobody else runs its guest."""
         return None

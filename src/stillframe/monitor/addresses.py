@@ -56,7 +56,17 @@ class StdioAddress:
         return "stdio"
 
 
-Address = UnixAddress | TcpAddress | StdioAddress
+@dataclass(frozen=True, slots=True)
+class FdAddress:
+    """A listening socket that this process was started with. :param fd: its descriptor."""
+
+    fd: int
+
+    def __str__(self) -> str:
+        return f"fd:{self.fd}"
+
+
+Address = UnixAddress | TcpAddress | StdioAddress | FdAddress
 
 
 def parse_address(text: str) -> Address:
@@ -74,6 +84,21 @@ def parse_address(text: str) -> Address:
         if port.isascii() and port.isdigit() and int(port) <= 65535:
             return TcpAddress(host.strip("[]") or "127.0.0.1", int(port))
     raise InvalidRequest(f"'{text}' is not an address", remedy="Use unix:PATH, tcp:HOST:PORT or stdio.")
+
+
+def listening_filename(address: Address) -> str:
+    """What listens there, as QEMU names character devices."""
+    if isinstance(address, UnixAddress):
+        return f"unix:{address.path},server=on"
+    if isinstance(address, TcpAddress):
+        return f"{address},server=on"
+    if isinstance(address, FdAddress):
+        with socket.socket(fileno=os.dup(address.fd)) as sock:
+            found = sock.getsockname()
+        if isinstance(found, str):
+            return listening_filename(UnixAddress(Path(found)))
+        return listening_filename(TcpAddress(found[0], found[1]))
+    return "stdio"
 
 
 def refuse_open_address(address: TcpAddress, *, allow_local_users: bool) -> None:
@@ -164,6 +189,8 @@ def connected_socket(address: Address) -> socket.socket:
     """
     if isinstance(address, StdioAddress):
         raise InvalidRequest("A monitor on stdio can be reached by its parent process only")
+    if isinstance(address, FdAddress):
+        raise InvalidRequest(f"'{address}' is a place to listen at, none to connect to")
     if isinstance(address, UnixAddress):
         sock = connected_unix_socket(address.path)
     else:

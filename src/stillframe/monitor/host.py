@@ -1,6 +1,7 @@
 """What a monitor serves: a machine, its nodes, its jobs; what every command's function is given."""
 
 import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from stillframe.block.export.exports import NodeExports
@@ -15,12 +16,24 @@ from stillframe.snapshots.machine_snapshots import MachineSnapshots
 _NO_UUID = "00000000-0000-0000-0000-000000000000"
 
 
+@dataclass(frozen=True, slots=True)
+class CharacterDevice:
+    """What a monitor or the serial port is at. :param label: its id. :param filename: what it is, in QEMU's words, at this time."""
+
+    label: str
+    filename: Callable[[], str]
+
+
 @dataclass(slots=True, eq=False)
 class Host:
     """One of a process.
 
     :param keeping: how states are kept.
     :param own_uuid: the machine's UUID, where it was given one.
+    :param command_line: the options of QEMU's command line that the program takes, each with its parameters and their types;
+        empty where it takes its own.
+    :param chardevs: those in use. :param peripherals: the devices with an id, and QEMU's type of each.
+    :ivar migration_events: whether clients have asked for them; there are no migrations.
     :ivar snapshots: the machine's; what changes them runs on its queue, as a job or inside
         `Jobs.run_internal`.
     :ivar exports: the nodes that are served to other processes.
@@ -32,6 +45,10 @@ class Host:
     events: EventBus
     keeping: KeepingOptions = field(default_factory=KeepingOptions)
     own_uuid: str | None = None
+    command_line: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    chardevs: tuple[CharacterDevice, ...] = ()
+    peripherals: Mapping[str, str] = field(default_factory=dict)
+    migration_events: bool = False
     snapshots: MachineSnapshots = field(init=False)
     exports: NodeExports = field(init=False)
     _over: threading.Event = field(default_factory=threading.Event, init=False)

@@ -112,6 +112,8 @@ def schema_entries(
     numbering = _Numbering(1 + max(numbers, default=-1))
     declared: list[dict[str, Any]] = []
     for command in COMMANDS.values():
+        if command.name in passed:
+            continue
         entry: dict[str, Any] = {
             "name": command.name,
             "meta-type": "command",

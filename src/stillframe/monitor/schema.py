@@ -228,6 +228,7 @@ class Command:
     :param allow_oob: it can be executed out of band.
     :param arguments: an object, or variants of one.
     :param checked: False: the arguments are handed on as they came, a `dict`; the function checks them.
+    :param of_program: it is about the program that runs the guest: where that is a QEMU, the QEMU is asked.
     """
 
     name: str
@@ -239,6 +240,7 @@ class Command:
     on_loop: bool
     allow_oob: bool
     checked: bool
+    of_program: bool
 
     @property
     def takes_arguments(self) -> bool:
@@ -272,6 +274,7 @@ def command(
     returns: Any = None,
     at_once: bool = False,
     allow_oob: bool = False,
+    of_program: bool = False,
 ) -> Callable[[Function], Function]:
     """Declare a function as a command; see the module's text.
 
@@ -282,6 +285,7 @@ def command(
         a thread and back, which takes longer than the rest of such a command.
     :param allow_oob: it can overtake what its client asked for before; implies `at_once`, as what it is for is to be done
         while everything else waits.
+    :param of_program: it tells what the program that runs the guest has, which a QEMU answers for itself.
     """
 
     def declare(function: Function) -> Function:
@@ -304,6 +308,7 @@ def command(
             on_loop=parameters[0][0] == "session" or at_once or allow_oob,
             allow_oob=allow_oob,
             checked=unchecked is None,
+            of_program=of_program,
         )
         return function
 

@@ -9,6 +9,7 @@ await server.close()
 import asyncio
 import logging
 import os
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
@@ -19,6 +20,7 @@ from stillframe.events import Event
 from stillframe.monitor import wire
 from stillframe.monitor.addresses import (
     Address,
+    FdAddress,
     StdioAddress,
     TcpAddress,
     UnixAddress,
@@ -73,7 +75,16 @@ class MonitorServer:
             taken.
         """
         if isinstance(address, StdioAddress):
-            self._welcome(StdioStream(*self._stdio), address, mode)
+            self._welcome(StdioStream(*self._stdio), address, mode, on_tcp=False)
+            return address
+        if isinstance(address, FdAddress):
+            # Whoever opened it has decided who may connect.
+            os.set_inheritable(address.fd, False)
+            try:
+                sock = socket.socket(fileno=address.fd)
+                self._servers.append(await asyncio.start_server(self._connected(address, mode), sock=sock))
+            except (OSError, ValueError) as error:
+                raise Refused(f"Could not listen at '{address}': {error}") from error
             return address
         if isinstance(address, UnixAddress):
             sock, file = listening_unix_socket(address.path)
@@ -103,14 +114,14 @@ class MonitorServer:
                 stream.write(wire.encode({"error": {"class": refusal.qmp_class, "desc": str(refusal)}}))
                 writer.close()
                 return
-            self._welcome(stream, address, mode)
+            on_tcp = writer.get_extra_info("socket").family != socket.AF_UNIX
+            self._welcome(stream, address, mode, on_tcp=on_tcp)
 
         return connected
 
-    def _welcome(self, stream: Stream, address: Address, mode: str) -> None:
+    def _welcome(self, stream: Stream, address: Address, mode: str, *, on_tcp: bool) -> None:
         self._numbers += 1
         who = f"client {self._numbers} at {address}"
-        on_tcp = isinstance(address, TcpAddress)
         session: Session | HumanSession
         if mode == "readline":
             session = HumanSession(self._host, stream, self._run_blocking, who, on_tcp=on_tcp)

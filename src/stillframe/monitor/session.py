@@ -210,7 +210,7 @@ class Session:
             raise message
         name, arguments, is_oob = _request(message, has_oob=self._has_oob)
         other = self._host.machine.other_monitor
-        if self._negotiated and other is not None and name not in COMMANDS and not is_oob:
+        if self._negotiated and other is not None and not is_oob and _is_of_program(name):
             return await self._run_blocking(lambda: other.execute(name, arguments))
         command = self._find(name)
         if is_oob and not command.allow_oob:
@@ -244,6 +244,12 @@ class Session:
 
 def _builtins(result: Any) -> Any:
     return {} if result is None else msgspec.to_builtins(result)
+
+
+def _is_of_program(name: str) -> bool:
+    """Whether a command is for whoever else runs the guest, if somebody does."""
+    command = COMMANDS.get(name)
+    return command is None or command.of_program
 
 
 def _is_oob(message: Any) -> bool:

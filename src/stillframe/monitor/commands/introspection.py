@@ -52,7 +52,7 @@ def query_commands(host: Host) -> list[CommandInfo]:
     """The names of all commands."""
     other = host.machine.other_monitor
     passed = [] if other is None else _passed(other)
-    return [CommandInfo(name) for name in (*COMMANDS, *passed)]
+    return [CommandInfo(name) for name in (*_own(other), *passed)]
 
 
 @command("query-qmp-schema", returns=list[SchemaEntry])
@@ -67,7 +67,13 @@ def query_qmp_schema(host: Host) -> Any:
 
 
 def _passed(other: OtherMonitor) -> list[str]:
-    return [name for name in other.commands() if name not in COMMANDS]
+    own = _own(other)
+    return [name for name in other.commands() if name not in own]
+
+
+def _own(other: OtherMonitor | None) -> list[str]:
+    """The commands that are answered here: what is asked of the program is asked of the one that runs the guest."""
+    return [name for name, known in COMMANDS.items() if other is None or not known.of_program]
 
 
 @cache
