@@ -65,6 +65,9 @@ stress: $(STAMP) peers ## snapshots of a guest that never rests, two minutes, th
 kill: $(STAMP) peers ## a QEMU that runs a guest, and the stillframe before it, killed at every step of saves and loads, and over and over under load
 	STILLFRAME_LONG=1 STILLFRAME_ADOPT_ROUNDS=30 $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --timeout 0 tests/qemu/test_failures.py tests/qemu/test_adopt.py
 
+kvm: $(STAMP) peers ## the tests of a QEMU as the engine, with KVM; where it cannot be used they are skipped, with the reason
+	STILLFRAME_ACCEL=kvm $(BIN)/pytest -rs -n $(JOBS) --dist loadgroup tests/qemu
+
 bench: $(STAMP) peers ## figures beside a peer's in the same run
 	mkdir -p build/bench
 	$(BIN)/python bench/startup.py --json build/bench/startup.json
@@ -91,4 +94,4 @@ clean: ## remove what the targets made, not what they fetched
 distclean: clean ## remove what was fetched, too
 	rm -rf .cache
 
-.PHONY: help setup demo peers test conformance hunt lint format guest wheel wheel-demo crash stress kill bench clean distclean
+.PHONY: help setup demo peers test conformance hunt lint format guest wheel wheel-demo crash stress kill kvm bench clean distclean

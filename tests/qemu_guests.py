@@ -24,6 +24,9 @@ BEAT = r"HB (\d+) t=\d+ gap=\d+ bad=(\d+) nonce=([0-9a-f]+)"
 MACHINE = "pc-q35-7.2"
 CPU = "qemu64,-cx16"
 """See docs/guest.md: with it, 7.2 sometimes fails to start this kernel."""
+KVM = os.environ.get("STILLFRAME_ACCEL") == "kvm"
+"""Whether guests of x86-64 are to run with it: `make kvm`. Else QEMU has all of its own."""
+ON_KVM = ("-accel", "kvm", "-cpu", "host")
 APPEND = "console=ttyS0 quiet no_timer_check period=20 mb=16"
 
 
@@ -95,7 +98,7 @@ class Board:
 
 
 BOARDS = {
-    "x86_64": Board(MACHINE, ("-cpu", CPU, "-nodefaults", "-no-user-config"), "pci"),
+    "x86_64": Board(MACHINE, (*(ON_KVM if KVM else ("-cpu", CPU)), "-nodefaults", "-no-user-config"), "pci"),
     "riscv64": Board("virt", (), "device"),
 }
 

@@ -224,6 +224,24 @@ def test_drives_full_and_empty_are_told_as_qemu_tells_them(tmp_path: Path) -> No
     assert len(ours) == len(theirs)
 
 
+def test_savevm_takes_the_nodes_that_qemu_leaves_out_where_there_is_a_drive(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        line = ["create", "-q", "-f", "qcow2", tmp_path / f"{name}.qcow2", "1M"]
+        subprocess.run([peer("qemu-img"), *line], check=True)
+    words = [
+        *("-machine", "none", "-drive", "if=none,id=d0,file=a.qcow2,format=qcow2"),
+        *("-blockdev", "qcow2,node-name=b,file.driver=file,file.filename=b.qcow2"),
+    ]
+    found = told(tmp_path, words, "savevm all", "query-named-block-nodes")
+    assert [answers[1] for answers in found] == ['{"return": ""}'] * 2
+    ours, theirs = (
+        {node["node-name"] for node in json.loads(answers[2])["return"] if "snapshots" in node["image"]}
+        for answers in found
+    )
+    assert ours == {"#block", "b"}
+    assert theirs == {"#block"}
+
+
 def test_a_daemon_listens_writes_its_number_and_begins_with_a_snapshot(tmp_path: Path) -> None:
     image, qmp, pidfile = tmp_path / "a,b.qcow2", tmp_path / "qmp", tmp_path / "pid"
     subprocess.run([*STILLFRAME, "image", "create", str(image), "1M"], check=True, capture_output=True)

@@ -14,12 +14,37 @@ from typing import Any
 from conformance.dialogues import Dialogue, Step
 from conformance.replay import PATIENCE, Partner, make_images
 
-WORDS = [
-    *("-machine", "virt", "-m", "16", "-S", "-bios", "none", "-nodefaults", "-display", "none"),
+_ALWAYS = [
+    *(
+        "-machine",
+        "virt",
+        "-m",
+        "16",
+        "-S",
+        "-bios",
+        "none",
+        "-nodefaults",
+        "-display",
+        "none",
+        "-qmp",
+        "stdio",
+    ),
     *("-blockdev", "file,filename=IMG/i0.qcow2,node-name=p0", "-blockdev", "qcow2,file=p0,node-name=fmt0"),
-    *("-blockdev", "qcow2,file.driver=file,file.filename=IMG/i1.qcow2,node-name=fmt1"),
-    *("-qmp", "stdio"),
 ]
+LAYOUTS = (
+    [*_ALWAYS, "-blockdev", "qcow2,file.driver=file,file.filename=IMG/i1.qcow2,node-name=fmt1"],
+    [
+        *_ALWAYS,
+        *(
+            "-drive",
+            "if=none,id=d1,file=IMG/i1.qcow2,format=qcow2,node-name=fmt1",
+            "-drive",
+            "if=none,id=cd0",
+        ),
+        *("-device", "virtio-blk-device,drive=d1,id=v1"),
+    ],
+)
+"""Command lines: nodes alone; drives, one of them empty, and a device."""
 ADDED: list[dict[str, Any]] = [
     {"driver": "qcow2", "node-name": "fmt2", "file": {"driver": "file", "filename": "IMG/i2.qcow2"}},
     {
@@ -65,6 +90,7 @@ HUMAN = (
         "info block",
         "info block -n",
         "info block -v fmt1",
+        "info block cd0",
         "info uuid",
     ),
     *(
@@ -107,7 +133,7 @@ QUERIES = (
         "nosuch",
     ),
 )
-OVER = ("concluded", "null")
+RESTING = ("concluded", "null", "pending")
 _AUTOMATIC = re.compile(r"#block\d+")
 
 
@@ -144,7 +170,7 @@ class Recorder(Partner):
         step = Step([line])
         self.send(line)
         step.came += self._until_mark()
-        while any(state not in OVER for state in self._jobs.values()) and not self.over:
+        while any(state not in RESTING for state in self._jobs.values()) and not self.over:
             step.came.append(self.message())
         step.came += self._until_mark()
         self.told |= set(_AUTOMATIC.findall(json.dumps(step.came)) if "named-block-nodes" in line else ())
@@ -162,12 +188,13 @@ class Recorder(Partner):
 
 
 class Inventor:
-    """Makes up what to say next. :param chance: decides."""
+    """Makes up what to say next. :param chance: decides. :param has_drives: some nodes are drives, or a device's."""
 
-    def __init__(self, chance: random.Random, qemu: Recorder) -> None:
+    def __init__(self, chance: random.Random, qemu: Recorder, *, has_drives: bool) -> None:
         self._chance = chance
         self._qemu = qemu
         self._jobs = 0
+        self._files = 0
         self._choices: dict[Callable[[], str | None], int] = {
             self._save: 5,
             self._load: 4,
@@ -180,8 +207,20 @@ class Inventor:
             self._internal: 3,
             self._transaction: 2,
             self._backup: 1,
+            self._create: 1,
             self._malformed: 1,
         }
+        self._backups = [("fmt0", "fmt2"), ("fmt0", "nope"), ("n0", "n0")]
+        if has_drives:
+            # savevm-takes-every-node
+            del self._choices[self._human_snapshot]
+        else:
+            # backups-have-no-filter: a device's node is refused in other words
+            self._backups.append(("fmt0", "fmt1"))
+        self._lines = [
+            line for line in HUMAN if not (has_drives and line.startswith(("info snap", "savevm")))
+        ]
+        self._while_pending = (self._verb, self._query_jobs, self._malformed)
 
     def line(self) -> str:
         """The next line."""
@@ -190,8 +229,12 @@ class Inventor:
             node["node-name"]: {each["name"] for each in node["image"].get("snapshots", ())}
             for node in listed
         }
+        choices = self._choices
+        if "pending" in self._qemu.jobs.values():
+            # backup-gives-its-nodes-back, backups-have-no-filter
+            choices = dict.fromkeys(self._while_pending, 1)
         while True:
-            (choice,) = self._chance.choices(list(self._choices), list(self._choices.values()))
+            (choice,) = self._chance.choices(list(choices), list(choices.values()))
             line = choice()
             if line is not None:
                 return line
@@ -247,7 +290,7 @@ class Inventor:
         return self._human_line(f'{command} "{tag}"' if " " in tag else f"{command} {tag}")
 
     def _internal(self) -> str | None:
-        node, tag = self._chance.choice(self._some_nodes()), self._tag()
+        node, tag = self._chance.choice([*self._some_nodes(), "d1", "cd0"]), self._tag()
         if self._chance.random() < 0.6:
             return self._request("blockdev-snapshot-internal-sync", {"device": node, "name": tag})
         which = self._chance.choice([{"name": tag}, {"id": "1"}, {"id": "2", "name": tag}, {}])
@@ -272,26 +315,41 @@ class Inventor:
         if self._chance.random() < 0.2:
             member = "id" if verb in ("dismiss", "finalize") else "device"
             return self._request(f"block-job-{verb}", {member: job})
+        if "pending" in self._qemu.jobs.values() and self._chance.random() < 0.5:
+            verb = self._chance.choice(["finalize", "cancel"])
         return self._request(f"job-{verb}", {"id": job})
 
     def _query(self) -> str | None:
         return self._request(self._chance.choice(QUERIES), {})
 
+    def _query_jobs(self) -> str | None:
+        return self._request(self._chance.choice(["query-jobs", "query-block-jobs"]), {})
+
     def _human(self) -> str | None:
-        return self._human_line(self._chance.choice(HUMAN))
+        return self._human_line(self._chance.choice(self._lines))
 
     def _node(self) -> str | None:
         if self._chance.random() < 0.5:
             return self._request("blockdev-add", dict(self._chance.choice(ADDED)), spoilt=0.1)
         known = self._qemu.told | {name for name in self._tables if not name.startswith("#")}
-        names = [*sorted(known), "nope"]
+        names = [*sorted(known), "nope", "d1"]
         return self._request("blockdev-del", {"node-name": self._chance.choice(names)})
 
     def _backup(self) -> str | None:
-        source, target = self._chance.choice(
-            [("fmt0", "fmt1"), ("n0", "over"), ("fmt0", "nope"), ("n0", "n0")]
+        source, target = self._chance.choice(self._backups)
+        more = {"auto-finalize": False} if self._chance.random() < 0.5 else {}
+        return self._job_line("blockdev-backup", {"device": source, "target": target, "sync": "full", **more})
+
+    def _create(self) -> str | None:
+        self._files += 1
+        options = self._chance.choice(
+            [
+                {"driver": "file", "filename": f"made{self._files}", "size": 65536},
+                {"driver": "file", "filename": "nowhere/new", "size": 65536},
+                {"driver": "qcow2", "file": "nope", "size": 65536},
+            ]
         )
-        return self._job_line("blockdev-backup", {"device": source, "target": target, "sync": "full"})
+        return self._request("blockdev-create", {"job-id": self._job(), "options": options}, spoilt=0)
 
     def _malformed(self) -> str | None:
         return self._chance.choice(MALFORMED)
@@ -323,16 +381,17 @@ class Inventor:
 
 def invented(seed: int, length: int, program: str, folder: Path) -> Dialogue:
     """A dialogue of so many lines, recorded with `program` in an empty folder; shorter where that breaks down over a line."""
-    dialogue = Dialogue(f"invented {seed}", WORDS, [Step(["IMG/i2.qcow2 IMG/e3.qcow2"])])
+    chance = random.Random(seed)
+    words = chance.choice(LAYOUTS)
+    dialogue = Dialogue(f"invented {seed}", words, [Step(["IMG/i2.qcow2 IMG/e3.qcow2"])])
     make_images(dialogue, folder)
     dialogue.steps = []
-    qemu = Recorder(dialogue, folder, [program, *WORDS])
+    qemu = Recorder(dialogue, folder, [program, *words])
     qemu.told = set()
     try:
         dialogue.steps = [qemu.greeting()]
         step = qemu.record('{"execute": "qmp_capabilities"}')
-        chance = random.Random(seed)
-        inventor = Inventor(chance, qemu)
+        inventor = Inventor(chance, qemu, has_drives=words is not LAYOUTS[0])
         if step is not None and chance.random() < 0.5:
             dialogue.steps.append(step)
             step = qemu.record('{"execute": "cont"}')

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from qemu.killed import qemus_of
+from qemu.killed import qemus_of, why_no_kvm
+from qemu_guests import KVM
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _with_kvm_or_not_at_all() -> None:
+    """`make kvm` says why it has tried nothing."""
+    if KVM and (why := why_no_kvm()):
+        pytest.skip(f"KVM is not usable here: {why}")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -11,7 +12,7 @@ from tempfile import mkdtemp
 
 from machine.qemu.qemus import built_guest
 from peers import peer
-from qemu_guests import MACHINE, QemuGuest, disk, image_in
+from qemu_guests import KVM, MACHINE, ON_KVM, QemuGuest, disk, image_in
 
 
 class SmallMachine(QemuGuest):
@@ -42,7 +43,7 @@ class SmallMachine(QemuGuest):
         ours = ["--engine", "qemu", "--qemu", program, "--machine", machine, "--memory", memory]
         ours += ["--kernel", str(small_guest()), "--append", "mb=16"]
         ours += [*disk(self.image), "--device", "virtio-blk-pci,drive=root", *more]
-        ours += ["--", "-cpu", "qemu64", "-nodefaults", "-no-user-config", *words]
+        ours += ["--", *(ON_KVM if KVM else ("-cpu", "qemu64")), "-nodefaults", "-no-user-config", *words]
         super().__init__(directory / "machine", *ours)
 
 
@@ -50,6 +51,47 @@ class SmallMachine(QemuGuest):
 def small_guest() -> Path:
     """The kernel of `SmallMachine`."""
     return built_guest(Path(mkdtemp()))
+
+
+_KVM_SECONDS = 10.0
+
+
+@cache
+def why_no_kvm() -> str:
+    """What the small guest says against running with KVM here; empty where it runs."""
+    words = [
+        peer("qemu-system-x86_64", "7.2"),
+        *ON_KVM,
+        "-machine",
+        MACHINE,
+        "-nodefaults",
+        "-no-user-config",
+    ]
+    words += [
+        "-display",
+        "none",
+        "-m",
+        "64",
+        "-kernel",
+        str(small_guest()),
+        "-append",
+        "mb=16",
+        "-serial",
+        "stdio",
+    ]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        timer = threading.Timer(_KVM_SECONDS, process.kill)
+        timer.start()
+        said = ""
+        try:
+            for line in process.stdout or ():
+                said = line.decode("utf-8", "replace").strip()
+                if said.startswith("HB 3 "):
+                    return ""
+        finally:
+            timer.cancel()
+            process.kill()
+    return said or f"a guest that needs a quarter of a second said nothing for {_KVM_SECONDS:g}"
 
 
 LONG = bool(os.environ.get("STILLFRAME_LONG"))

@@ -121,6 +121,39 @@ def test_either_qemu_killed_at_any_step_of_a_load_leaves_snapshots_that_load(
         assert listed(machine.image) == ["kept"]
 
 
+@pytest.mark.parametrize("version", versions("qemu"))
+def test_qemu_killed_at_any_step_of_a_replacement_leaves_snapshots_that_load(
+    version: str, tmp_path: Path, runtime: Path
+) -> None:
+    with SmallMachine(tmp_path / "m", version) as machine:
+        machine.beat()
+        machine.save("kept")
+        machine.quit()
+    for number in steps("load", 1):
+        with SmallMachine(tmp_path / "m", version, "--name", "box", dying=("successor", number)) as machine:
+            machine.beat()
+            try:
+                machine.job("snapshot-load", "kept", replace=True)
+                outcome = "done"
+            except (StillframeError, OSError) as error:
+                outcome = str(error)
+            if not machine.died.exists():
+                machine.quit()
+                break
+            step = f"{machine.died.read_text()}: {outcome}"
+            if outcome.endswith("had been ended for this load, and is gone"):
+                assert machine.status() == "internal-error", step
+                machine.load("kept")
+                machine.beat()
+                machine.quit()
+            else:
+                # It was the machine already.
+                assert machine.process.wait(60) == 1, step
+        assert list(runtime.iterdir()) == [], step
+        check_image(machine.image, in_use=True)
+        assert listed(machine.image) == ["kept"]
+
+
 def goes_on(machine: QemuGuest) -> bool:
     """Whether its guest is heard of again, and again; the console of a machine that ends is closed."""
     try:
