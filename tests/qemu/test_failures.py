@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu.killed import SmallMachine, listed, qemu_of, steps
+from qemu.killed import SmallMachine, listed, qemu_of, qemus_of, steps
 from qemu_guests import GuestMachine, QemuGuest, check_image, versions
 from stillframe.client import Client
 from stillframe.errors import StillframeError
@@ -51,6 +51,56 @@ def test_qemu_that_somebody_ends_says_so_with_its_last_words(tmp_path: Path, run
         assert machine.process.wait(30) == 1
     assert "terminating on signal 15" in machine.log.read_text()
     check_image(machine.image)
+
+
+def test_qemu_that_dies_is_started_anew_where_that_was_asked_for_but_not_for_ever(
+    tmp_path: Path, runtime: Path
+) -> None:
+    with SmallMachine(tmp_path / "m", "10.0", "--name", "box", "--restart") as machine:
+        nonce = r"nonce=([0-9a-f]{16})\b"
+        first = machine.console.until(nonce)[1]
+        machine.save("kept")
+
+        async def reset(client: Client) -> object:
+            async with client.events("RESET") as events:
+                os.kill(qemu_of(runtime), signal.SIGKILL)
+                return (await anext(events)).data
+
+        for _ in range(3):
+            assert machine.talk(reset) == {"guest": False, "reason": "host-error"}
+            machine.console.skip()
+            assert machine.console.until(nonce)[1] != first
+        machine.save("anew")
+        machine.load("kept")
+        machine.console.until(f"nonce={first}")
+        assert goes_on(machine)
+        os.kill(qemu_of(runtime), signal.SIGKILL)
+        assert machine.process.wait(30) == 1
+    assert "QEMU ended with signal SIGKILL" in machine.log.read_text()
+    assert list(runtime.iterdir()) == []
+    check_image(machine.image)
+    assert listed(machine.image) == ["kept", "anew"]
+
+
+@pytest.mark.parametrize("operation", ["save", "load"])
+def test_qemu_that_dies_in_a_job_is_started_anew_after_it(
+    operation: str, tmp_path: Path, runtime: Path
+) -> None:
+    for number in steps(operation, 2):
+        directory = tmp_path / str(number)
+        with SmallMachine(directory, "7.2") as machine:
+            machine.beat()
+            machine.save("kept")
+            machine.quit()
+        with SmallMachine(directory, "7.2", "--restart", dying=("machine", number)) as machine:
+            machine.beat()
+            outcome = outcome_of(machine, operation, "new" if operation == "save" else "kept")
+            assert goes_on(machine), (number, outcome)
+            machine.load("kept")
+            assert goes_on(machine), (number, outcome)
+            machine.quit()
+        assert qemus_of(directory) == [], (number, outcome)
+        check_image(machine.image, in_use=True)
 
 
 @pytest.mark.xdist_group("qemu-10.0")

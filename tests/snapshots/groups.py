@@ -176,7 +176,7 @@ def recorded_undone(layout: str, name: str) -> tuple[Log, tuple[Content, ...]]:
     with contextlib.suppress(Undo), frozen_nodes() as frozen:
         if kind is GroupKind.SAVE:
             frozen.freeze(found)
-            steps = [frozen.step(node.name, SnapshotRecord("new", 1, 2)) for node in found]
+            steps = [frozen.step(node, SnapshotRecord("new", 1, 2)) for node in found]
         else:
             prepare = "prepare_revert" if kind is GroupKind.LOAD else "prepare_delete"
             steps = [

@@ -270,7 +270,7 @@ def test_no_node_stays_frozen_whatever_fails(failing: list[frozenset[str]]) -> N
         with frozen_nodes() as frozen:
             frozen.freeze(nodes)
             record = SnapshotRecord("s", 0, 0)
-            with all_or_none([frozen.step(image.name, record) for image in images], kind=GroupKind.SAVE):
+            with all_or_none([frozen.step(node, record) for node in nodes], kind=GroupKind.SAVE):
                 pass
     except IOFailed:
         assert any(failing)

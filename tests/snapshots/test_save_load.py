@@ -43,7 +43,7 @@ from stillframe.machine.machine import Machine
 from stillframe.machine.run_state import RunState
 from stillframe.snapshots import selection
 from stillframe.snapshots.context import Unwatched
-from stillframe.snapshots.keeping import keeping
+from stillframe.snapshots.keeping import KeepingOptions, keeping
 from stillframe.snapshots.staging import _StagedBlock
 from stillframe.vmstate import layout
 from stillframe.vmstate.stream import RAM_SECTION_ID
@@ -277,7 +277,7 @@ def test_machine_of_this_process_is_not_replaced_by_another(nodes: tuple[Node, N
     do_save(machine, nodes, "one")
     chosen = selection.for_load([selection.snapshot_node(node) for node in nodes], "one", None)
     with pytest.raises(Unsupported, match="no other that could replace it"):
-        keeping(machine, "xxh3", nullcontext).load(chosen, Unwatched(), replace=True)
+        keeping(machine, KeepingOptions(), nullcontext).load(chosen, Unwatched(), replace=True)
     assert machine.run_state is RunState.RUNNING
 
 

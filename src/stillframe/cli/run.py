@@ -88,6 +88,11 @@ consistent. A second one ends it at once.""",
 @click.option(
     "--agent", is_flag=True, help="A port for QEMU's guest agent, for `save --quiesce`; with --engine qemu."
 )
+@click.option(
+    "--restart",
+    is_flag=True,
+    help="Start a QEMU that dies anew, on the disks as they are, up to three times a minute.",
+)
 @click.option("--machine", "board", help="The board: virt (the default), or none for nodes alone; or QEMU's.")
 @click.option("--memory", default="128M", show_default=True, metavar="SIZE", help="The guest's memory.")
 @click.option(
@@ -156,6 +161,7 @@ def run(
     engine: str,
     qemu: str,
     agent: bool,
+    restart: bool,
     board: str | None,
     memory: str,
     kernel: Path | None,
@@ -188,6 +194,8 @@ def run(
         )
     if agent and engine != "qemu":
         raise InvalidRequest("A guest agent's port is for --engine qemu", remedy="Leave --agent out.")
+    if restart and engine != "qemu":
+        raise InvalidRequest("Only a QEMU can be started anew", remedy="Leave --restart out.")
     standard = "none" if detach or "stdio" in addresses else "stdio"
     console_options = parse_console(console or standard)
     options = RunOptions(
@@ -212,6 +220,7 @@ def run(
         engine=engine,
         qemu=qemu,
         agent=agent,
+        restart=restart,
         devices_as_given=devices,
         reconnect=reconnect,
         words=words,

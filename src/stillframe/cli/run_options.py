@@ -162,6 +162,7 @@ class RunOptions:
     engine: str
     qemu: str
     agent: bool
+    restart: bool
     devices_as_given: tuple[str, ...]
     reconnect: int
     words: tuple[str, ...]

@@ -23,7 +23,7 @@ def included(graph: BlockGraph) -> tuple[SnapshotNode, ...]:
     nodes = [node for node in reversed(graph.nodes()) if not node.read_only]
     used = [node for node in nodes if graph.users(node)]
     roots = [node for node in nodes if node not in used and not graph.parents(node)]
-    return _each_image_once(snapshot_node(graph, node) for node in (*used, *roots))
+    return _each_image_once(snapshot_node(node, graph.drive_of(node)) for node in (*used, *roots))
 
 
 def _each_image_once(nodes: Iterable[SnapshotNode]) -> tuple[SnapshotNode, ...]:

@@ -89,12 +89,12 @@ def check_tag(tag: str) -> None:
         raise InvalidRequest("A snapshot's name must not contain a NUL character")
 
 
-def snapshot_node(graph: BlockGraph, node: Node) -> SnapshotNode:
+def snapshot_node(node: Node, drive: str | None = None) -> SnapshotNode:
     """A node as one that takes part in snapshots.
 
+    :param drive: the name of the drive that has it, by which errors call it then.
     :raise Unsupported: its driver keeps no snapshots. :raise Refused: it is read-only.
     """
-    drive = graph.drive_of(node)
     name = drive or node.node_name
     store = node.snapshot_store
     if store is None:
@@ -133,7 +133,7 @@ def listed(graph: BlockGraph, devices: Sequence[str]) -> tuple[SnapshotNode, ...
         if name in devices[:position]:
             # no-node-twice
             raise InvalidRequest(f"Block device node '{name}' is listed twice")
-    found = tuple(snapshot_node(graph, node) for node in nodes)
+    found = tuple(snapshot_node(node, graph.drive_of(node)) for node in nodes)
     for position, each in enumerate(found):
         for other in found[:position]:
             if other.store is each.store:
