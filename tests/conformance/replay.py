@@ -179,7 +179,7 @@ class Partner:
         while ends or missing():
             message = self.message()
             if message is None:
-                return came
+                return came if ends else [*came, {"ended": self.end()}]
             if message.get("id") != "resume":
                 came.append(message)
             for job, state in _states([message]):
