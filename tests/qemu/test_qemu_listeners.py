@@ -82,8 +82,8 @@ def test_socket_of_qemus_own_is_at_its_path_after_a_load_and_after_one_that_is_r
             with pytest.raises(StillframeError, match=re.compile("address", re.IGNORECASE)):
                 machine.load("one")
         assert answers(path)
+        assert [each.name for each in tmp_path.iterdir() if each.is_socket()] == ["monitor"]
         machine.quit()
-    assert [each.name for each in tmp_path.iterdir() if each.is_socket()] in ([], ["monitor"])
 
 
 @every_version

@@ -10,7 +10,7 @@ Whoever takes the machine over after our death gives the names back, too (adopt.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -35,12 +35,15 @@ def beside(process: QemuProcess | None, stays: Callable[[], bool]) -> Iterator[N
         yield
         return
     _refuse_shared_memory(process.monitor)
-    _keep_sockets(process.pid)
+    paths = list(_listens_at(process.pid))
+    for path in paths:
+        with contextlib.suppress(OSError):
+            _kept(path).unlink(missing_ok=True)
+            os.link(path, _kept(path), follow_symlinks=False)
     try:
         yield
     finally:
-        if stays():
-            give_sockets_back(process.pid)
+        (_give_back if stays() else _give_up)(paths)
 
 
 def does_not_start(error: Refused) -> Refused:
@@ -64,28 +67,26 @@ def _refuse_shared_memory(monitor: QemuMonitor) -> None:
             )
 
 
-def _keep_sockets(pid: int) -> None:
-    """Before another QEMU with the same words is started: what this one listens at has a second name."""
-    for path in _listens_at(pid):
-        kept = _kept(path)
-        with contextlib.suppress(OSError):
-            kept.unlink(missing_ok=True)
-            os.link(path, kept, follow_symlinks=False)
-
-
 def give_sockets_back(pid: int) -> None:
     """The other one has ended, and this one is the machine: it is found again at the names that it had."""
-    for path in _listens_at(pid):
-        kept = _kept(path)
-        with contextlib.suppress(OSError):
-            kept.replace(path)
-            # Of two names of one socket none is replaced.
-            kept.unlink(missing_ok=True)
+    _give_back(list(_listens_at(pid)))
 
 
 def give_sockets_up(pid: int) -> None:
-    """This one ends: its names are the other's."""
-    for path in _listens_at(pid):
+    """This one will end: its names are the other's."""
+    _give_up(_listens_at(pid))
+
+
+def _give_back(paths: Sequence[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            _kept(path).replace(path)
+    # Of two names of one socket none is replaced.
+    _give_up(paths)
+
+
+def _give_up(paths: Iterable[Path]) -> None:
+    for path in paths:
         with contextlib.suppress(OSError):
             _kept(path).unlink(missing_ok=True)
 

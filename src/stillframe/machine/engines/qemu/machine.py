@@ -24,7 +24,7 @@ from stillframe.errors import CommandNotFound, Failed, PeerError, Refused, Still
 from stillframe.events import Event, EventBus
 from stillframe.machine.control import Quiesce, Successor
 from stillframe.machine.engines.qemu.adopt import active_table, end_migration
-from stillframe.machine.engines.qemu.beside import beside, does_not_start, give_sockets_up
+from stillframe.machine.engines.qemu.beside import beside, does_not_start
 from stillframe.machine.engines.qemu.capture import Capture, Capturing, Instant, MigrationStatus, Pause
 from stillframe.machine.engines.qemu.command_line import QemuConfig, command_line
 from stillframe.machine.engines.qemu.console import SerialRelay
@@ -525,7 +525,6 @@ class QemuMachine:
             self._attach_serial(process)
         display = addresses(former.monitor) if self._left_behind is None else self._left_behind.display
         self._left_behind = None
-        give_sockets_up(former.pid)
         # It is waited for when the guest runs; but its display's address is free only then.
         self._former = former
         if display:
