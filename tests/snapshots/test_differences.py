@@ -245,6 +245,7 @@ NOT_ONLY_HERE = {
     "saves-may-be-quiesced": "test_qemu_agent.py",
     "new-generation-id": "test_save_load.py",
     "snapshots-have-own-tables": "test_qcow2_recorded.py",
+    "savevm-takes-every-node": "test_drop_in.py",
 }
 
 
