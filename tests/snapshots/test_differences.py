@@ -246,6 +246,7 @@ NOT_ONLY_HERE = {
     "new-generation-id": "test_save_load.py",
     "snapshots-have-own-tables": "test_qcow2_recorded.py",
     "savevm-takes-every-node": "test_drop_in.py",
+    "loads-may-replace": "test_replace.py",
 }
 
 

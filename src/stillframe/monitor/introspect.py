@@ -112,7 +112,7 @@ def schema_entries(
     numbering = _Numbering(1 + max(numbers, default=-1))
     declared: list[dict[str, Any]] = []
     for command in COMMANDS.values():
-        if command.name in passed:
+        if others and command.of_program:
             continue
         entry: dict[str, Any] = {
             "name": command.name,
