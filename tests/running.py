@@ -147,6 +147,17 @@ class RunningMachine:
             error.add_note(self.log.read_text())
             raise
 
+    def connect_again(self, begun: Callable[[], object]) -> None:
+        """To a machine that was started anew in the same process. :param begun: whether it has."""
+        deadline = time.monotonic() + PATIENCE
+        while not begun():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, "the machine was not started anew"
+            time.sleep(0.01)
+        until_it_greets(self.qmp, self.process)
+        self.console.close()
+        self.console = Console(connected(self._console_path, self.process))
+
     def talk(self, conversation: Callable[[Client], Awaitable[Result]]) -> Result:
         """One conversation with the monitor."""
 

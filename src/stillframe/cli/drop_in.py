@@ -131,7 +131,6 @@ def _run_options(wishes: Wishes) -> RunOptions:
         engine="unicorn",
         qemu="",
         agent=False,
-        restart=False,
         devices_as_given=(),
         reconnect=0,
         words=(),

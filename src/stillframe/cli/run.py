@@ -91,7 +91,7 @@ consistent. A second one ends it at once.""",
 @click.option(
     "--restart",
     is_flag=True,
-    help="Start a QEMU that dies anew, on the disks as they are, up to three times a minute.",
+    help="When QEMU dies, start the machine anew, on its disks as they are; three times a minute at most.",
 )
 @click.option("--machine", "board", help="The board: virt (the default), or none for nodes alone; or QEMU's.")
 @click.option("--memory", default="128M", show_default=True, metavar="SIZE", help="The guest's memory.")
@@ -215,12 +215,12 @@ def run(
         icount=icount,
         algorithm=algorithm,
         stale_percent=stale,
+        restart=restart,
         paused=paused,
         keep_after_shutdown=no_shutdown,
         engine=engine,
         qemu=qemu,
         agent=agent,
-        restart=restart,
         devices_as_given=devices,
         reconnect=reconnect,
         words=words,

@@ -162,12 +162,12 @@ class RunOptions:
     engine: str
     qemu: str
     agent: bool
-    restart: bool
     devices_as_given: tuple[str, ...]
     reconnect: int
     words: tuple[str, ...]
     algorithm: Literal["xxh3", "blake3"] = "xxh3"
     stale_percent: int = 50
+    restart: bool = False
     entropy: bool = True
     entropy_id: str | None = None
     loadvm: str | None = None

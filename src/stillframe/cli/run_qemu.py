@@ -111,7 +111,6 @@ def qemu_config(
         words=options.words,
         console=None if options.console.kind == "none" else console,
         agent=options.agent,
-        restart=options.restart,
         home=home,
         keep_after_shutdown=options.keep_after_shutdown,
         reconnect_seconds=options.reconnect,

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 _READY = b"ready\n"
 _READY_FD = "STILLFRAME_READY_FD"
+_RESTARTS, _RESTART_SECONDS = 3, 60.0
+"""How often a machine may be started anew, and in what time: one that dies at once, each time, is not."""
 _SWITCH_SECONDS = 0.0002
 """How long a thread that computes may keep another from the interpreter. The guest's own thread needs it for every trap, and
 waited for up to Python's 5 ms while a job or a monitor computed."""
@@ -43,14 +46,28 @@ def serve(
     found: "MachineHome | None" = None,
     command_line: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
 ) -> int:
-    """Put a machine together and serve it until it ends.
+    """Put a machine together and serve it until it ends; with `options.restart` once more where it ended by itself.
 
     :param add_nodes: opens the nodes that it begins with. :param asked: the words that the machine was asked for with.
     :param found: of a machine that is to be taken over. :param command_line: as of `Host`.
     :return: the process's exit code.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
-    return asyncio.run(_serve(options, add_nodes, asked, found, command_line))
+    begun: list[float] = []
+    while True:
+        if found is not None and found.record is not None:
+            asked = found.record.words
+        failure = asyncio.run(_serve(options, add_nodes, asked, found, command_line))
+        if failure is None:
+            return 0
+        click.echo(f"stillframe: {failure}", err=True)
+        now = time.monotonic()
+        begun = [each for each in begun if now - each < _RESTART_SECONDS]
+        if not options.restart or len(begun) >= _RESTARTS:
+            return EXIT_FAILED
+        begun.append(now)
+        click.echo("stillframe: the machine is started anew", err=True)
+        found = None
 
 
 def start_detached(module: str, words: Sequence[str], descriptors: Sequence[int] = ()) -> int:
@@ -94,7 +111,8 @@ async def _serve(
     asked_words: Sequence[str],
     found: "MachineHome | None",
     command_line: Mapping[str, Mapping[str, str]],
-) -> int:
+) -> str | None:
+    """:return: why the machine has ended, where nobody asked it to."""
     from stillframe.block.graph import BlockGraph
     from stillframe.events import EventBus
     from stillframe.jobs import Jobs
@@ -159,10 +177,7 @@ async def _serve(
         finally:
             await asyncio.to_thread(host.end, "host-signal")
             await server.close()
-    if machine.failure is not None:
-        click.echo(f"stillframe: {machine.failure}", err=True)
-        return EXIT_FAILED
-    return 0
+    return machine.failure
 
 
 def _start(host: "Host", options: RunOptions, found: "MachineHome | None") -> None:

@@ -38,7 +38,6 @@ class QemuConfig:
     :param home: the machine's directory. :param keep_after_shutdown: a guest that powers itself off does not end the machine.
     :param reconnect_seconds: for which the guest's disk requests wait while nobody serves them; then they fail.
     :param agent: the guest gets a port for QEMU's guest agent, whose other end is ours.
-    :param restart: a QEMU that dies is started anew, on the disks as they are.
     """
 
     name: str | None
@@ -58,7 +57,6 @@ class QemuConfig:
     keep_after_shutdown: bool
     reconnect_seconds: int
     agent: bool = False
-    restart: bool = False
 
 
 def refuse_words(words: Sequence[str]) -> None:

@@ -30,7 +30,6 @@ from stillframe.machine.engines.qemu.command_line import QemuConfig, command_lin
 from stillframe.machine.engines.qemu.console import SerialRelay
 from stillframe.machine.engines.qemu.disks import DiskExports, disks_of
 from stillframe.machine.engines.qemu.display import Addresses, addresses, move
-from stillframe.machine.engines.qemu.ending import Ending
 from stillframe.machine.engines.qemu.home import LoadNote, ProcessNote, open_process
 from stillframe.machine.engines.qemu.monitor import asked, let_run
 from stillframe.machine.engines.qemu.outside import refuse_outside_state
@@ -49,6 +48,7 @@ _log = logging.getLogger(__name__)
 _QUIT_SECONDS: Final = 10.0
 _STATUS_SECONDS: Final = 1.0
 _HIDDEN_EVENTS: Final = frozenset({"MIGRATION", "MIGRATION_PASS"})
+_NOBODY_ASKED: Final = frozenset({"host-signal", "host-error"})
 _OURS_ALONE: Final = frozenset(
     {"quit", "qmp_capabilities", "query-migrate", "query-migrate-capabilities", "query-migrate-parameters"}
     | {"blockdev-add", "blockdev-del", "blockdev-reopen", "snapshot-save", "snapshot-load", "snapshot-delete"}
@@ -90,14 +90,18 @@ class QemuMachine:
         self._quiescing = Quiescing(self._agent_port, self.runs, has_port=config.agent)
         self._number = 0
         self._state = RunState.PRELAUNCH
-        self._loaded: QemuProcess | None = None
-        self._lost: tuple[QemuProcess | None, str] = (None, "")
+        self._memory_lost: str | None = None
         self._left_behind: LeftBehind | None = None
+        self._told: Shutdown | None = None
+        self._shutdown: Shutdown | None = None
         self._begun = threading.Event()
-        self._ending = Ending(events, restart=config.restart)
+        self._ending = threading.Lock()
+        self._ended = threading.Event()
         self._process: QemuProcess | None = None
         self._former: QemuProcess | None = None
         self._status = MigrationStatus()
+        self.failure: str | None = None
+        """Why QEMU ended, where nobody asked it to."""
 
     # What it is
 
@@ -124,9 +128,7 @@ class QemuMachine:
         """What it is doing now; what it did last where QEMU does not answer soon."""
         if self._memory_lost is not None:
             return RunState.IO_ERROR if self._left_behind is None else RunState.INTERNAL_ERROR
-        if self._ending.shutdown is not None:
-            self._state = self._ending.run_state
-        elif self._quiet == 0 and self._process is not None:
+        if self._quiet == 0 and self._process is not None:
             with contextlib.suppress(PeerError):
                 self._state = self._query_state(_STATUS_SECONDS)
         return self._state
@@ -138,17 +140,7 @@ class QemuMachine:
     @property
     def shutdown(self) -> Shutdown | None:
         """Why it ended, once it has."""
-        return self._ending.shutdown
-
-    @property
-    def failure(self) -> str | None:
-        """Why QEMU ended, where nobody asked it to."""
-        return self._ending.failure
-
-    @property
-    def _memory_lost(self) -> str | None:
-        """Why the guest has not all of its memory, and will not get it."""
-        return self._lost[1] if self._lost[0] is self._process is not None else None
+        return self._shutdown
 
     # From start to end
 
@@ -156,24 +148,19 @@ class QemuMachine:
         """Start QEMU. :raise Refused: it does not take its command line, in its words."""
         try:
             self._home.note(runs=not paused)
-            self._process = self._fresh()
+            running, number = self._spawn(incoming=False)
+            self._home.note(process=ProcessNote(number, running.pid, started_at(running.pid)))
+            try:
+                self._process = self._connected(running, number, self._status)
+            except BaseException:
+                running.kill()
+                raise
         finally:
             self._begun.set()
         self._attach_serial(self._process)
         if not paused:
             self.cont()
         self._home.forget_intent()
-
-    def _fresh(self) -> QemuProcess:
-        """One whose guest has not begun."""
-        running, number = self._spawn(incoming=False)
-        try:
-            note = ProcessNote(number, running.pid, started_at(running.pid))
-            self._home.note(process=note, filling=False)
-            return self._connected(running, number, self._status)
-        except BaseException:
-            running.kill()
-            raise
 
     def adopt(self) -> None:
         """Instead of `start`: the QEMU of the record, which `adopt.take_over` has left as the machine, is ours.
@@ -242,46 +229,38 @@ class QemuMachine:
         if event.name == "STOP" and self._stops_itself and not self._stop_asked:
             return
         if event.name == "SHUTDOWN":
-            if self._ending.shutdown is not None:
+            if self._shutdown is not None:
                 return
-            self._ending.hear(event)
+            # It may stay all the same: -no-shutdown.
+            self._told = Shutdown(bool(event.data.get("guest")), str(event.data.get("reason")))
         self.events.pass_on(event)
 
     def _has_ended(self, process: QemuProcess) -> None:
         """On the thread that read its monitor, or that made it the machine."""
         process.wait(_QUIT_SECONDS)
-        if not self._ending.wants_another(process):
-            self._ending.come(process)
-            return
-        threading.Thread(target=self._start_anew, args=(process,), name="qemu-restart", daemon=True).start()
+        with self._ending:
+            self._say_why_it_ended(process)
+        self._ended.set()
 
-    def _start_anew(self, ended: QemuProcess) -> None:
-        """The guest boots on its disks as they are: what it was told is written is there. Whatever holds it still is waited for."""
-        with self._control:
-            # A load may have put another in its place; or the machine is to end.
-            if self._process is not ended or self._ending.shutdown is not None:
-                return
-            self._status = MigrationStatus()
-            try:
-                process = self._fresh()
-                self._attach_serial(process)
-            except StillframeError as error:
-                _log.error("QEMU could not be started anew: %s", error)
-                self._ending.come(ended)
-                return
-            self._process = process
-            ended.remove_files()
-            self.events.emit("RESET", guest=False, reason="host-error")
-            if not self._stop_asked:
-                with contextlib.suppress(PeerError):
-                    let_run(process.monitor, _QUIT_SECONDS)
-        if process.monitor.ended:
-            self._has_ended(process)
+    def _say_why_it_ended(self, process: QemuProcess) -> None:
+        if self._shutdown is None:
+            self._shutdown = self._told or Shutdown(guest=False, reason="host-error")
+            self._state = RunState.SHUTDOWN
+            if self._told is None or self._told.reason in _NOBODY_ASKED or process.exit_status:
+                self.failure = (
+                    f"QEMU ended with {process.exit_text}: {process.last_words or 'it said nothing'}"
+                )
+                self._state = RunState.INTERNAL_ERROR
+            if self._told is None:
+                self.events.emit("SHUTDOWN", guest=False, reason="host-error")
 
     def quit(self, reason: str = "host-qmp-quit") -> None:
         """End the machine; returns at once. A job under way sees QEMU's end."""
-        self._ending.ask(reason)
+        if self._shutdown is None:
+            self._shutdown = Shutdown(guest=False, reason=reason)
+            self.events.emit("SHUTDOWN", guest=False, reason=reason)
         threading.Thread(target=self._quit, name="qemu-quit", daemon=True).start()
+        self._ended.set()
 
     def _quit(self) -> None:
         if self._process is not None:
@@ -290,8 +269,8 @@ class QemuMachine:
 
     def wait(self, timeout: float | None = None) -> Shutdown | None:
         """Sleep until the machine has ended, or for `timeout` seconds; why it ended, None if it has not."""
-        self._ending.wait(timeout)
-        return self._ending.shutdown
+        self._ended.wait(timeout)
+        return self._shutdown
 
     def close(self) -> None:
         """End QEMU if it runs, and take everything away; nodes are not closed."""
@@ -428,7 +407,7 @@ class QemuMachine:
     def _leave(self, why: str, *, ran: bool) -> None:
         """End QEMU before there is another. :param ran: whether its guest did."""
         process = self._qemu
-        self._lost = process, why
+        self._memory_lost = why
         if self._left_behind is None:
             # Set first: an end that we bring about is not the machine's.
             self._left_behind = LeftBehind(ran, addresses(process.monitor))
@@ -519,7 +498,7 @@ class QemuMachine:
             raise Failed(f"The QEMU that was to go on ended with {process.exit_text}: {process.last_words}")
         # Nothing may fail from here on: the images would go back.
         former, self._process, self._status = self._qemu, process, successor.status
-        self._loaded = process
+        self._memory_lost = None
         self._quiescing.loaded()
         with contextlib.suppress(PeerError):
             self._attach_serial(process)
@@ -540,7 +519,7 @@ class QemuMachine:
 
     def lose_memory(self, why: str) -> None:
         """See `control.StreamedMachine`. Its processors wait for pages that will not come; QEMU is not asked to stop them."""
-        self._lost = self._loaded, why
+        self._memory_lost = why
         self.events.emit("STOP")
 
     def refuse_without_memory(self) -> None:
