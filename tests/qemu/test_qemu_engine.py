@@ -13,7 +13,7 @@ import pytest
 
 from guest.consoles import GuestProcess
 from qemu_guests import BEAT, VERSIONS, GuestMachine, check_image, create, qemu_words, versions
-from running import stillframe
+from running import connected, stillframe
 from stillframe.client import Client, connect
 from stillframe.errors import StillframeError
 
@@ -173,6 +173,12 @@ def test_monitor_passes_on_what_is_qemus_and_hides_what_is_ours(machine: GuestMa
     with pytest.raises(StillframeError, match="has not been found"):
         machine.execute("no-such-command")
     assert "CPU #0" in machine.execute("human-monitor-command", command_line="info cpus")
+    with connected(machine.qmp, None) as monitor, monitor.makefile("rb") as lines:
+        monitor.sendall(
+            b'{"execute": "qmp_capabilities"}{"execute": "qom-list", "arguments": {"path": 1e999}}'
+        )
+        # The greeting, the reply to each.
+        assert b"cannot be written as JSON" in [next(lines) for _ in range(3)][2]
     # It is done, and prints nothing.
     assert machine.execute("human-monitor-command", command_line="log none") == ""
     machine.save("one")

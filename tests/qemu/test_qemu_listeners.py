@@ -124,7 +124,7 @@ def test_load_is_refused_where_two_cannot_listen_and_the_machine_goes_on(
         port = free.getsockname()[1]
     with GuestMachine(tmp_path / "guest", version, "--paused", words=words(port)) as machine:
         machine.save("one")
-        refusal = r"No second QEMU starts .*([Aa]ddress already|forwarding rule).*`replace` would end that one first"
+        refusal = r"No second QEMU starts .*([Aa]ddress already|forwarding rule).*in the way, `replace` ends it first"
         with pytest.raises(StillframeError, match=refusal):
             machine.load("one")
         assert machine.status() in ("paused", "prelaunch")

@@ -24,9 +24,12 @@ class Front:
 
 
 def fronts(host: Host) -> list[Front]:
-    """Drives first, then the other devices."""
-    disks = {disk.node_name: disk for disk in host.machine.disks}
+    """Drives first, then the other devices. Several may be on one node that is only read."""
+    disks = list(host.machine.disks)
     found = []
     for name, node in host.graph.drives():
-        found.append(Front(name, None if node is None else disks.pop(node.node_name, None), node))
-    return found + [Front("", disk, host.graph.find(node_name)) for node_name, disk in disks.items()]
+        disk = None if node is None else next((d for d in disks if d.node_name == node.node_name), None)
+        if disk is not None:
+            disks.remove(disk)
+        found.append(Front(name, disk, node))
+    return found + [Front("", disk, host.graph.find(disk.node_name)) for disk in disks]

@@ -170,7 +170,8 @@ class StdioStream(Stream):
             try:
                 view = memoryview(data)
                 while view:
-                    count = os.write(self._write_to, view)
+                    # Not all at once: a blocking descriptor would say nothing of what is taken before its end.
+                    count = os.write(self._write_to, view[:_PIECE])
                     self._taken += count
                     view = view[count:]
             except OSError:

@@ -1,6 +1,6 @@
 """What managers ask about migration before anything else, though they want none: there is none here.
 
-Where a QEMU runs the guest, that QEMU answers.
+Where a QEMU runs the guest, neither command is there: its migrations are how stillframe saves and loads.
 """
 
 from enum import Enum

@@ -49,7 +49,7 @@ def beside(process: QemuProcess | None, stays: Callable[[], bool]) -> Iterator[N
 def does_not_start(error: Refused) -> Refused:
     """The refusal of a second one, in its words, with a way out."""
     return Refused(
-        f"No second QEMU starts beside the one that runs: {error}; `replace` would end that one first"
+        f"No second QEMU starts beside the one that runs: {error}; if that one stands in the way, `replace` ends it first"
     )
 
 

@@ -19,6 +19,7 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -110,6 +111,7 @@ class MachineHome:
         self.stays = stays
         self.was_marked = record is not None and record.marked
         self._lock: int | None = lock
+        self._noting = threading.Lock()
 
     @classmethod
     def temporary(cls) -> "MachineHome":
@@ -164,15 +166,17 @@ class MachineHome:
         """Change the record, for all that comes. Without one, nothing. :raise IOFailed: it cannot be written."""
         if self.record is None:
             return
-        self.record = replace(self.record, **changes)
-        new = self.path / "record.new"
-        try:
-            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            with os.fdopen(fd, "wb") as file:
-                file.write(msgspec.json.encode(self.record))
-            new.replace(self.path / "record")
-        except OSError as error:
-            raise io_failed("Could not keep the record of the machine", error) from error
+        # A client's `stop` and a job may come together.
+        with self._noting:
+            self.record = replace(self.record, **changes)
+            new = self.path / "record.new"
+            try:
+                fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+                with os.fdopen(fd, "wb") as file:
+                    file.write(msgspec.json.encode(self.record))
+                new.replace(self.path / "record")
+            except OSError as error:
+                raise io_failed("Could not keep the record of the machine", error) from error
 
     def try_to_note(self, **changes: Any) -> None:
         """Where an old record does no harm that an error would not."""

@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from stillframe.block.node import Node
-from stillframe.errors import CommandNotFound, Failed, PeerError, Refused, StillframeError
+from stillframe.errors import (
+    CommandNotFound,
+    Failed,
+    NotFound,
+    PeerError,
+    Refused,
+    StillframeError,
+    io_failed,
+)
 from stillframe.events import Event, EventBus
 from stillframe.machine.control import Quiesce, Successor
 from stillframe.machine.engines.qemu.adopt import active_table, end_migration
@@ -196,7 +204,10 @@ class QemuMachine:
         """A process, and the number of its directory. Without a record nobody would find it when we are gone: it ends with us."""
         self._number += 1
         directory = self._home.path / str(self._number)
-        directory.mkdir(mode=0o700)
+        try:
+            directory.mkdir(mode=0o700)
+        except OSError as error:
+            raise io_failed("Could not make a directory for QEMU", error) from error
         words = command_line(self._config, self._exports.path, successor_in=directory if incoming else None)
         words += socket_words(directory, serial=self._serial is not None, agent=self._config.agent)
         running = Started(words, directory / "errors", ends_with_us=self._home.record is None)
@@ -485,7 +496,7 @@ class QemuMachine:
             return self._connected(running, number, status)
         except BaseException as error:
             running.kill()
-            if isinstance(error, Refused) and self._left_behind is None:
+            if isinstance(error, Refused) and not isinstance(error, NotFound) and self._left_behind is None:
                 raise does_not_start(error) from error
             raise
 

@@ -74,16 +74,23 @@ class QemuMonitor:
         """Run a command; what it returns.
 
         :param seconds: to wait for the answer; the end of QEMU ends the wait, too.
+        :raise InvalidRequest: the arguments cannot be sent: a number that is infinite, or depth without end.
         :raise PeerError: QEMU says no, in its words and with its class; or it does not answer, or is gone.
         """
         number = next(self._ids)
         request: dict[str, Any] = {"execute": command, "id": number}
         if arguments:
             request["arguments"] = arguments
+        try:
+            line = json.dumps(request, allow_nan=False).encode() + b"\n"
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(
+                f"The arguments of '{command}' cannot be written as JSON: {error}"
+            ) from error
         with self._answered:
             self._waiting.add(number)
         try:
-            self._send(command, json.dumps(request).encode() + b"\n")
+            self._send(command, line)
             with self._answered:
                 there = self._answered.wait_for(lambda: number in self._answers or self._ended, seconds)
                 answer = self._answers.pop(number, None)
@@ -95,9 +102,9 @@ class QemuMonitor:
             if there:
                 raise PeerError(f"QEMU ended before it answered '{command}'")
             raise PeerError(f"QEMU has not answered '{command}' in {seconds:g} seconds")
-        error = answer.get("error")
-        if error is not None:
-            raise PeerError(str(error.get("desc")), error_class=str(error.get("class", "GenericError")))
+        refusal = answer.get("error")
+        if refusal is not None:
+            raise PeerError(str(refusal.get("desc")), error_class=str(refusal.get("class", "GenericError")))
         return answer.get("return")
 
     def set_capabilities(self, **wanted: bool) -> None:
