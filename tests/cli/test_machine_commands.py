@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from peers import QEMU_VERSIONS, peer
-from running import PATIENCE, STILLFRAME, stillframe, until_it_greets
+from running import PATIENCE, STILLFRAME, RunningMachine, stillframe, until_it_greets
 
 
 @pytest.fixture(autouse=True)
@@ -412,3 +412,13 @@ def test_a_long_socket_path_works(image: Path, tmp_path: Path) -> None:
     finally:
         machine.kill()
         machine.wait()
+
+
+def test_each_device_of_a_node_that_is_only_read_is_listed(tmp_path: Path) -> None:
+    words = ["--memory", "16M", "--kernel", "bundled", "--paused"]
+    words += ["--blockdev", "driver=null-co,node-name=shared,size=1048576,read-only=on"]
+    for name in ("one", "two"):
+        words += ["--device", f"virtio-blk,drive=shared,id={name}"]
+    with RunningMachine(tmp_path, *words) as machine:
+        assert [each["qdev"] for each in machine.execute("query-block")] == ["one", "two"]
+        machine.quit()
