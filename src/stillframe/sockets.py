@@ -80,6 +80,18 @@ def listening_unix_socket(path: Path) -> tuple[socket.socket, SocketFile]:
     return sock, SocketFile(path, about.st_dev, about.st_ino)
 
 
+def local_name(sock: socket.socket) -> str:
+    """Where a socket is bound, in QEMU's words; "fd:N" of one that is neither a unix socket nor TCP's."""
+    name = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        abstract = isinstance(name, bytes)
+        return f"unix:{os.fsdecode(name[1:])},abstract=on,tight=on" if abstract else f"unix:{name}"
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        host, port = name[:2]
+        return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
+    return f"fd:{sock.fileno()}"
+
+
 @contextlib.contextmanager
 def _short_name(path: Path) -> Iterator[str]:
     """A name for `path` that fits a socket address, good inside the block."""

@@ -20,8 +20,10 @@ from stillframe.errors import AlreadyExists, InUse, InvalidRequest, NotFound, Pe
 from stillframe.jobs import JobContext
 from stillframe.monitor import session as session_module
 from stillframe.monitor.addresses import (
+    FdAddress,
     TcpAddress,
     UnixAddress,
+    listening_filename,
     machine_names,
     machine_socket,
     parse_address,
@@ -200,6 +202,29 @@ def test_tcp_is_for_loopback_and_for_those_who_say_that_others_may_come(tmp_path
             assert client.negotiate().execute("query-name") == {}
         with pytest.raises(InUse):
             server.listen(address, allow_local_users=True)
+
+
+def test_a_socket_that_was_handed_over_is_no_more_open_than_one_of_ours(tmp_path: Path) -> None:
+    with served(tmp_path / "s") as (server, _):
+        for host in ("0.0.0.0", None):
+            with socket.socket() as sock:
+                if host:
+                    sock.bind((host, 0))
+                with pytest.raises(Refused, match="authentication"):
+                    server.listen(FdAddress(sock.fileno()), allow_local_users=True)
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            with pytest.raises(Refused, match="Every user"):
+                server.listen(FdAddress(sock.fileno()))
+
+
+def test_a_socket_is_named_as_qemu_names_it() -> None:
+    with socket.socket(socket.AF_UNIX) as abstract, socket.socket(socket.AF_INET6) as tcp:
+        name = f"\0stillframe-{os.getpid()}"
+        abstract.bind(name)
+        found = listening_filename(FdAddress(abstract.fileno()))
+        assert found == f"unix:{name[1:]},abstract=on,tight=on,server=on"
+        assert listening_filename(FdAddress(tcp.fileno())) == "tcp:[::]:0,server=on"
 
 
 def test_a_web_page_cannot_give_commands_through_its_readers_browser(

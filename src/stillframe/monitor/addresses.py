@@ -17,11 +17,12 @@ import re
 import socket
 import stat
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from stillframe.errors import InvalidRequest, NotFound, PeerError, Refused
-from stillframe.sockets import connected_unix_socket
+from stillframe.sockets import connected_unix_socket, local_name
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -88,17 +89,12 @@ def parse_address(text: str) -> Address:
 
 def listening_filename(address: Address) -> str:
     """What listens there, as QEMU names character devices."""
-    if isinstance(address, UnixAddress):
-        return f"unix:{address.path},server=on"
-    if isinstance(address, TcpAddress):
-        return f"{address},server=on"
+    if isinstance(address, StdioAddress):
+        return str(address)
     if isinstance(address, FdAddress):
-        with socket.socket(fileno=os.dup(address.fd)) as sock:
-            found = sock.getsockname()
-        if isinstance(found, str):
-            return listening_filename(UnixAddress(Path(found)))
-        return listening_filename(TcpAddress(found[0], found[1]))
-    return "stdio"
+        with _borrowed(address) as sock:
+            return f"{local_name(sock)},server=on"
+    return f"{address},server=on"
 
 
 def refuse_open_address(address: TcpAddress, *, allow_local_users: bool) -> None:
@@ -120,6 +116,31 @@ def refuse_open_address(address: TcpAddress, *, allow_local_users: bool) -> None
             f"Every user of this host could connect to '{address}'",
             remedy="Use unix:PATH, or say --allow-local-users if all of them may control the machine.",
         )
+
+
+@contextlib.contextmanager
+def _borrowed(address: FdAddress) -> Iterator[socket.socket]:
+    """The socket, which stays open. :raise OSError: it is none."""
+    sock = socket.socket(fileno=address.fd)
+    try:
+        yield sock
+    finally:
+        sock.detach()
+
+
+def refuse_open_socket(address: FdAddress, *, allow_local_users: bool) -> None:
+    """As `refuse_open_address`. Who may connect to a unix socket was decided where it was bound.
+
+    :raise Refused: TCP at another address than a loopback one, or at none yet, which would be all; or what is neither.
+    :raise OSError: no socket.
+    """
+    with _borrowed(address) as sock:
+        if sock.family == socket.AF_UNIX:
+            return
+        if sock.family not in (socket.AF_INET, socket.AF_INET6):
+            raise Refused(f"'{address}' is neither a unix socket nor one of TCP")
+        host, port = sock.getsockname()[:2]
+    refuse_open_address(TcpAddress(host, port), allow_local_users=allow_local_users)
 
 
 def runtime_directory(*, create: bool) -> Path:

@@ -25,6 +25,7 @@ from stillframe.monitor.addresses import (
     TcpAddress,
     UnixAddress,
     refuse_open_address,
+    refuse_open_socket,
 )
 from stillframe.monitor.host import Host
 from stillframe.monitor.human_session import HumanSession
@@ -78,9 +79,9 @@ class MonitorServer:
             self._welcome(StdioStream(*self._stdio), address, mode, on_tcp=False)
             return address
         if isinstance(address, FdAddress):
-            # Whoever opened it has decided who may connect.
             os.set_inheritable(address.fd, False)
             try:
+                refuse_open_socket(address, allow_local_users=allow_local_users)
                 sock = socket.socket(fileno=address.fd)
                 self._servers.append(await asyncio.start_server(self._connected(address, mode), sock=sock))
             except (OSError, ValueError) as error:
