@@ -29,6 +29,29 @@ def test_log_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
         LogConsole(tmp_path / "no/such/console.log")
 
 
+def test_log_into_a_pipe_that_was_handed_over_waits_for_its_reader() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    console = LogConsole(writer)
+    console.write(b"x" * (256 << 10))
+    with open(reader, "rb") as file:
+        assert len(file.read(256 << 10)) == 256 << 10
+        console.close()
+        assert file.read() == b""
+
+
+def test_socket_that_was_handed_over_serves_clients_though_it_does_not_wait() -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        name = f"\0stillframe-{os.getpid()}"
+        sock.bind(name)
+        sock.setblocking(False)
+        with closing(SocketConsole(os.dup(sock.fileno()))) as console:
+            assert console.filename == f"disconnected:unix:{name[1:]},abstract=on,tight=on,server=on"
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(name)
+                wait_until(lambda: console._client is not None, "connected")
+
+
 def test_socket_is_the_users_alone_and_serves_one_client_after_the_other(tmp_path: Path) -> None:
     path = tmp_path / "console.sock"
     console = SocketConsole(path)

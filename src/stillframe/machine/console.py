@@ -5,16 +5,18 @@ not take stays in a bounded buffer, behind which its source waits.
 """
 
 import contextlib
+import fcntl
 import os
 import select
 import socket
 import threading
 import tty
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 
 from stillframe.errors import Refused, io_failed
-from stillframe.sockets import SocketFile, listening_unix_socket
+from stillframe.sockets import SocketFile, listening_unix_socket, local_name
 
 _INPUT_LIMIT = 64 << 10
 _OUTPUT_LIMIT = 4 << 20
@@ -131,13 +133,24 @@ class _ThreadedConsole(Console):
 
 
 class LogConsole(_ThreadedConsole):
-    """Appends to a file; no input. :raise IOFailed: the file cannot be opened."""
+    """Appends to a file; no input.
 
-    def __init__(self, path: Path) -> None:
+    :param where: its path, or a descriptor of a file or a pipe, which is the console's from then on.
+    :raise IOFailed: the file cannot be opened.
+    """
+
+    def __init__(self, where: Path | int) -> None:
         try:
-            self._file = path.open("ab", buffering=0)
+            if isinstance(where, int):
+                # Whoever opened it may have chosen not to append, and not to wait.
+                flags = fcntl.fcntl(where, fcntl.F_GETFL)
+                fcntl.fcntl(where, fcntl.F_SETFL, (flags | os.O_APPEND) & ~os.O_NONBLOCK)
+                os.set_inheritable(where, False)
+            # Of a descriptor "a" would look for the end, which a pipe has not.
+            self._file = FileIO(where, "w" if isinstance(where, int) else "a")
         except OSError as error:
-            raise io_failed(f"Could not open the console's log '{path}'", error) from error
+            name = f"fd:{where}" if isinstance(where, int) else where
+            raise io_failed(f"Could not open the console's log '{name}'", error) from error
         super().__init__()
 
     @property
@@ -257,13 +270,13 @@ class SocketConsole(_ThreadedConsole):
             try:
                 self._server = socket.socket(fileno=where)
                 self._server.set_inheritable(False)
+                self._server.setblocking(True)
                 self._server.listen()
             except OSError as error:
                 raise Refused(f"Could not listen at 'fd:{where}': {error.strerror}") from error
         else:
             self._server, self._file = listening_unix_socket(where)
-        name = where if isinstance(where, Path) else self._server.getsockname()
-        self._name = f"tcp:{name[0]}:{name[1]}" if isinstance(name, tuple) else f"unix:{name}"
+        self._name = f"unix:{where}" if isinstance(where, Path) else local_name(self._server)
         super().__init__()
         self._acceptor = threading.Thread(target=self._serve, name="console-socket", daemon=True)
         self._acceptor.start()
