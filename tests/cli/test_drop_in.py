@@ -15,7 +15,8 @@ import pytest
 
 from peers import ROOT, peer
 from running import PATIENCE, STILLFRAME, connected
-from stillframe.cli.drop_in_words import Option, key_values
+from stillframe.cli.drop_in_options import OPTIONS, Wishes, read_wishes
+from stillframe.cli.drop_in_words import BadOption, Option, key_values, split_words
 from stillframe.testing import plain
 
 GUEST = ROOT / "src" / "stillframe" / "data" / "guest.elf"
@@ -112,6 +113,7 @@ REFUSED = [
     "-machine none -chardev null,id=a -chardev null,id=a",
     "-machine none -mon foo",
     "-machine none -chardev null,id=a -mon a,mode=foo",
+    "-machine none -chardev null,id=a -mon a -mon a",
     "-machine virt -serial foo",
     "-machine virt -append x",
     "-machine none -loadvm nope",
@@ -307,8 +309,12 @@ def read_until(source: Callable[[], bytes], wanted: bytes) -> bytes:
 
 
 def test_a_manager_hands_over_the_sockets_that_it_listens_at(tmp_path: Path) -> None:
-    with listening(tmp_path / "qmp") as monitor, listening(tmp_path / "serial") as serial:
-        numbers = {"m": monitor.fileno(), "s": serial.fileno()}
+    with (
+        listening(tmp_path / "qmp") as monitor,
+        listening(tmp_path / "serial") as serial,
+        listening(tmp_path / "spare") as spare,
+    ):
+        numbers = {"m": monitor.fileno(), "s": serial.fileno(), "spare": spare.fileno()}
         places = [f"socket,id={name},fd={fd},server=on,wait=off" for name, fd in numbers.items()]
         words = [word for place in places for word in ("-chardev", place)]
         words += ["-mon", "chardev=m,mode=control", "-serial", "chardev:s", "-append", "mb=2", "-daemonize"]
@@ -338,6 +344,44 @@ def test_a_manager_hands_over_the_file_that_the_guest_writes_to(tmp_path: Path) 
     finally:
         machine.terminate()
         machine.wait(PATIENCE)
+
+
+def wished(*words: str) -> Wishes:
+    """What a command line asks for."""
+    wishes = Wishes()
+    read_wishes(split_words(words, {name: bool(known.usage) for name, known in OPTIONS.items()}), wishes)
+    return wishes
+
+
+def test_a_character_device_serves_one_only(tmp_path: Path) -> None:
+    shared = wished("-chardev", "null,id=a", "-serial", "chardev:a", "-mon", "a")
+    with pytest.raises(BadOption, match="-serial chardev:a: chardev 'a' is already in use"):
+        shared.console()
+    with listening(tmp_path / "qmp") as sock:
+        place = f"fd={sock.fileno()},server=on,wait=off"
+        with pytest.raises(BadOption, match=f"File descriptor '{sock.fileno()}' is in use"):
+            wished("-chardev", f"socket,id=a,{place}", "-qmp", f"unix:{place}")
+
+
+def test_the_serial_port_is_not_at_a_port_that_every_user_reaches() -> None:
+    with socket.socket() as sock:
+        words = ("-chardev", f"socket,id=a,fd={sock.fileno()},server=on", "-serial", "chardev:a")
+        with pytest.raises(BadOption, match="could not connect serial device"):
+            wished(*words).console()
+
+
+def test_of_a_set_the_descriptor_is_taken_that_can_be_written_to_and_a_daemon_is_handed_all(
+    tmp_path: Path,
+) -> None:
+    readable, writable = os.pipe()
+    with open(readable, "rb"), open(writable, "wb"), listening(tmp_path / "unused") as unused:
+        both = ("-add-fd", f"fd={readable},set=2", "-add-fd", f"fd={writable},set=2")
+        spare = ("-chardev", f"socket,id=b,fd={unused.fileno()},server=on")
+        wishes = wished(*both, *spare, "-chardev", "file,id=a,path=/dev/fdset/2", "-serial", "chardev:a")
+        assert wishes.console().fd == writable
+        assert sorted(wishes.descriptors()) == sorted([readable, writable, unused.fileno()])
+        with pytest.raises(BadOption, match="Could not open '/dev/fdset/2': Permission denied"):
+            wished(*both[:2], "-serial", "file:/dev/fdset/2")
 
 
 def test_commas_are_doubled_inside_values_and_a_key_alone_is_a_switch() -> None:

@@ -20,7 +20,6 @@ from stillframe.cli.serve import serve, start_detached
 from stillframe.data import idle_firmware
 from stillframe.errors import InvalidRequest, StillframeError
 from stillframe.machine.catalogue import BOARDS, CPU_MODELS, DEVICES
-from stillframe.monitor.addresses import FdAddress
 
 if TYPE_CHECKING:
     from stillframe.block.graph import BlockGraph
@@ -60,10 +59,10 @@ def _run(words: list[str], wishes: Wishes) -> int:
     if wishes.daemonize:
         for option in wishes.on_stdio():
             raise option.refused("cannot use stdio with -daemonize")
-        handed_on = [place.address.fd for place in options.monitors if isinstance(place.address, FdAddress)]
-        handed_on += [*wishes.fd_sets.values(), *([] if options.console.fd is None else [options.console.fd])]
         undetached = [word for word in words if word.lstrip("-") != "daemonize"]
-        return start_detached(_MODULE, undetached, handed_on)
+        return start_detached(_MODULE, undetached, wishes.descriptors())
+    for descriptor in wishes.descriptors():
+        os.set_inheritable(descriptor, False)
     if not wishes.dump_guest_core:
         # No dump at all has no memory of the guest.
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))

@@ -1,7 +1,6 @@
 """Where characters of monitors and of the serial port come from and go to: `-chardev`, and the short forms of other options."""
 
-import os
-import stat
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,16 @@ from stillframe.monitor.addresses import Address, FdAddress, StdioAddress, TcpAd
 class Chardev:
     """One of them.
 
-    :param kind: "stdio", "null", "pty", "file", "unix", "tcp" or "fd". :param address: of the last three and "stdio".
-    :param path: of "file" and "unix". :param waits: whether the guest waits for a client.
+    :param kind: "stdio", "null", "pty", "file", "unix", "tcp", or "fd" for a unix socket that was handed over. :param address: of
+        the last three and "stdio". :param path: of "file" and "unix". :param waits: whether the guest waits for a client.
+    :param fd: of "file" without a path: what is written to.
     """
 
     kind: str
     address: Address | None = None
     path: Path | None = None
     waits: bool = False
+    fd: int | None = None
 
 
 def backend(option: Option, kind: str, words: Mapping[str, str]) -> Chardev:
@@ -50,25 +51,24 @@ def backend(option: Option, kind: str, words: Mapping[str, str]) -> Chardev:
             raise option.refused(f"Failed to connect to '{path}': only server=on is there")
         return Chardev("unix", UnixAddress(path), path, waits)
     if "fd" in words:
-        number = _socket_number(option, words["fd"])
+        number, family = _socket(option, words["fd"])
         if not server:
             raise option.refused(f"Failed to connect to 'fd:{number}': only server=on is there")
-        return Chardev("fd", FdAddress(number), None, waits)
+        return Chardev("fd" if family == socket.AF_UNIX else "tcp", FdAddress(number), None, waits)
     if not words.get("port", "").isdigit():
         raise option.refused("chardev: socket: no path, host or port given")
     return Chardev("tcp", TcpAddress(words.get("host") or "127.0.0.1", int(words["port"])), None, waits)
 
 
-def _socket_number(option: Option, text: str) -> int:
+def _socket(option: Option, text: str) -> tuple[int, int]:
+    """The number and the family of a socket that was handed over."""
     if not text.isdecimal():
         raise option.refused(f"Unable to parse FD number {text}")
     try:
-        is_socket = stat.S_ISSOCK(os.fstat(int(text)).st_mode)
+        sock = socket.socket(fileno=int(text))
     except (OSError, OverflowError):
-        is_socket = False
-    if not is_socket:
-        raise option.refused(f"File descriptor '{text}' is not a socket")
-    return int(text)
+        raise option.refused(f"File descriptor '{text}' is not a socket") from None
+    return sock.detach(), sock.family
 
 
 def character(option: Option) -> Chardev | str | None:

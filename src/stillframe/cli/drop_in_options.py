@@ -1,9 +1,11 @@
 """What a command line of QEMU's asks for, as far as our machine has the thing; the rest is refused in QEMU's words."""
 
+import fcntl
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from stillframe.cli.drop_in_chardevs import Chardev, backend, character
@@ -79,18 +81,27 @@ class Wishes:
     dump_guest_core: bool = True
     timestamps: bool = False
     objects: dict[str, str] = field(default_factory=dict)
-    fd_sets: dict[str, int] = field(default_factory=dict)
+    fd_sets: dict[str, list[int]] = field(default_factory=dict)
+    sockets: list[int] = field(default_factory=list)
     questions: list[str] = field(default_factory=list)
 
+    def descriptors(self) -> tuple[int, ...]:
+        """Those that were handed over, whether anything uses them or not."""
+        return (*self.sockets, *chain.from_iterable(self.fd_sets.values()))
+
     def places(self) -> tuple[MonitorPlace, ...]:
-        """Where monitors are to listen. :raise BadOption: at a character device that there is not."""
-        found = []
+        """Where monitors are to listen. :raise BadOption: at a character device that there is not, or at another's."""
+        found, used = [], set[str]()
         for number, (option, mode, chardev) in enumerate(self.monitors):
             device = self._chardev(chardev)
             if device is None:
                 raise option.refused(f'chardev "{chardev}" not found')
             if device.kind == "pty":
                 raise option.refused("a monitor at a pty is not there")
+            if isinstance(chardev, str):
+                if chardev in used:
+                    raise option.refused(f"chardev '{chardev}' is already in use")
+                used.add(chardev)
             if device.address is not None:
                 label = chardev if isinstance(chardev, str) else f"compat_monitor{number}"
                 found.append(MonitorPlace(device.address, mode, device.waits, label))
@@ -105,7 +116,7 @@ class Wishes:
         return tuple(option for option, device in found if device is not None and device.kind == "stdio")
 
     def console(self) -> ConsoleOptions:
-        """The serial port's other end. :raise BadOption: one that there is not."""
+        """The serial port's other end. :raise BadOption: one that there is not, or a monitor's."""
         if self.serial is None:
             usual = self.nographic and not self.bare and not self.daemonize
             taken = any(isinstance(place.address, StdioAddress) for place in self.places())
@@ -114,11 +125,13 @@ class Wishes:
         device = self._chardev(chardev)
         if device is None or device.kind == "tcp":
             raise option.refused(f"could not connect serial device to character backend '{option.value}'")
+        if isinstance(chardev, str) and chardev in [each for _, _, each in self.monitors]:
+            raise option.refused(f"chardev '{chardev}' is already in use")
         return ConsoleOptions(
             {"file": "log", "null": "none", "fd": "unix"}.get(device.kind, device.kind),
             device.path,
             chardev if isinstance(chardev, str) else "serial0",
-            device.address.fd if isinstance(device.address, FdAddress) else None,
+            device.address.fd if isinstance(device.address, FdAddress) else device.fd,
         )
 
     def _chardev(self, chardev: Chardev | str) -> Chardev | None:
@@ -303,17 +316,34 @@ def _chardev(wishes: Wishes, option: Option) -> None:
         raise option.refused("chardev: no id specified")
     if name in wishes.chardevs:
         raise option.refused(f"Duplicate ID '{name}' for chardev")
-    device = backend(option, kind, words)
+    wishes.chardevs[name] = _with_descriptor(wishes, option, backend(option, kind, words))
+
+
+def _with_descriptor(wishes: Wishes, option: Option, device: Chardev) -> Chardev:
+    """:raise BadOption: its descriptor is another device's, or there is none that fits."""
+    if isinstance(device.address, FdAddress):
+        # Who is done with a socket closes it: a second device would be at whatever has its number by then.
+        if device.address.fd in wishes.sockets:
+            raise option.refused(f"File descriptor '{device.address.fd}' is in use")
+        wishes.sockets.append(device.address.fd)
     if device.kind == "file" and str(device.path).startswith("/dev/fdset/"):
-        fd = wishes.fd_sets.get(str(device.path))
-        if fd is None:
+        if str(device.path) not in wishes.fd_sets:
             raise option.refused(f"Could not open '{device.path}': No such file or directory")
-        device = Chardev("file", path=Path(f"/proc/self/fd/{fd}"))
-    wishes.chardevs[name] = device
+        for fd in wishes.fd_sets[str(device.path)]:
+            # Of a set QEMU takes the first that was opened in the way in which it would have opened the file.
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
+                return Chardev("file", fd=fd)
+        raise option.refused(f"Could not open '{device.path}': Permission denied")
+    return device
+
+
+def _character(wishes: Wishes, option: Option) -> Chardev | str | None:
+    found = character(option)
+    return _with_descriptor(wishes, option, found) if isinstance(found, Chardev) else found
 
 
 def _serial(wishes: Wishes, option: Option) -> None:
-    found = character(option)
+    found = _character(wishes, option)
     if wishes.serial is not None:
         raise option.refused("there is one serial port")
     wishes.serial = (option, Chardev("null") if found is None else found)
@@ -321,7 +351,7 @@ def _serial(wishes: Wishes, option: Option) -> None:
 
 def _monitor_at(mode: str) -> Callable[[Wishes, Option], None]:
     def monitor(wishes: Wishes, option: Option) -> None:
-        found = character(option)
+        found = _character(wishes, option)
         if found is not None:
             wishes.monitors.append((option, mode, found))
 
@@ -367,7 +397,7 @@ def _add_fd(wishes: Wishes, option: Option) -> None:
         os.fstat(fd)
     except (OSError, OverflowError):
         raise option.refused("fd is not valid or already in use") from None
-    wishes.fd_sets[f"/dev/fdset/{int(words.get('set', '0'))}"] = fd
+    wishes.fd_sets.setdefault(f"/dev/fdset/{int(words.get('set', '0'))}", []).append(fd)
 
 
 def _none_only(wishes: Wishes, option: Option) -> None:

@@ -49,7 +49,8 @@ class ConsoleOptions:
     """A `--console`.
 
     :param kind: "stdio", "unix", "log", "pty" or "none". :param path: of "unix" and "log".
-    :param label: of its character device; "" for QEMU's usual one. :param fd: of "unix" without a path: a socket to listen at.
+    :param label: of its character device; "" for QEMU's usual one. :param fd: without a path: of "unix" a socket to
+        listen at, of "log" what is written to.
     """
 
     kind: str

@@ -336,15 +336,15 @@ def _console(options: ConsoleOptions, end: Callable[[], None]) -> "Iterator[Cons
             with contextlib.closing(console):
                 yield console
         return
-    path = options.path or Path()
+    where = options.fd if options.fd is not None else options.path or Path()
     console = {
-        "unix": lambda: SocketConsole(path if options.fd is None else options.fd),
-        "log": lambda: LogConsole(path),
+        "unix": lambda: SocketConsole(where),
+        "log": lambda: LogConsole(where),
         "pty": PtyConsole,
         "none": Console,
     }[options.kind]()
     with contextlib.closing(console):
         if options.kind == "pty":
-            where = console.filename.removeprefix("pty:")
-            click.echo(f"char device redirected to {where} (label {options.label})")
+            terminal = console.filename.removeprefix("pty:")
+            click.echo(f"char device redirected to {terminal} (label {options.label})")
         yield console
