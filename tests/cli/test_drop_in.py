@@ -384,6 +384,19 @@ def test_of_a_set_the_descriptor_is_taken_that_can_be_written_to_and_a_daemon_is
             wished(*both[:2], "-serial", "file:/dev/fdset/2")
 
 
+def test_a_port_that_was_not_chosen_is_told() -> None:
+    words = ["-machine", "none", "-display", "none", "-qmp", "tcp:127.0.0.1:0,server=on,wait=off"]
+    run = subprocess.run(
+        [*OURS, *words, "-qmp", "stdio"],
+        input='{"execute":"qmp_capabilities"}{"execute":"query-chardev"}{"execute":"quit"}',
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    )
+    assert re.search(r"tcp:127\.0\.0\.1:[1-9]\d*,server=on", run.stdout)
+
+
 def test_commas_are_doubled_inside_values_and_a_key_alone_is_a_switch() -> None:
     option = Option("drive", "a,,b.img,if=none,server,nowait,x=,,,y=1")
     assert key_values(option, "file") == {

@@ -18,7 +18,7 @@ import click
 
 from stillframe.cli.main import EXIT_FAILED
 from stillframe.cli.run_options import ConsoleOptions, RunOptions
-from stillframe.monitor.addresses import listening_filename
+from stillframe.monitor.addresses import Address, listening_filename
 
 if TYPE_CHECKING:
     from stillframe.block.graph import BlockGraph
@@ -158,16 +158,18 @@ async def _serve(
             KeepingOptions(options.algorithm, options.stale_percent / 100),
             own_uuid=options.uuid,
             command_line=command_line,
-            chardevs=_character_devices(options, console),
             peripherals=_peripherals(options),
         )
         begun = asyncio.Event()
         server = MonitorServer(host, begun=begun)
         try:
-            for place in options.monitors:
+            listening = [
                 await server.listen(
                     place.address, mode=place.mode, allow_local_users=options.allow_local_users
                 )
+                for place in options.monitors
+            ]
+            host.chardevs = _character_devices(options, console, listening)
             awaited = [server.wait_for_client(place.address) for place in options.monitors if place.waits]
             await _first_of(ended.wait(), asyncio.gather(*awaited))
             await asyncio.to_thread(_start, host, options, found)
@@ -311,16 +313,19 @@ def _peripherals(options: RunOptions) -> dict[str, str]:
     return found if options.entropy_id is None else {**found, options.entropy_id: "virtio-rng-device"}
 
 
-def _character_devices(options: RunOptions, console: "Console") -> "tuple[CharacterDevice, ...]":
+def _character_devices(
+    options: RunOptions, console: "Console", listening: Sequence[Address]
+) -> "tuple[CharacterDevice, ...]":
+    """:param listening: where the monitors are, in their order."""
     from stillframe.monitor.host import CharacterDevice
 
     found = []
     if options.console.kind != "none" or options.console.label:
         found.append(CharacterDevice(options.console.label or "serial0", lambda: console.filename))
-    for number, place in enumerate(options.monitors):
+    for number, (place, address) in enumerate(zip(options.monitors, listening, strict=True)):
         label = place.label or f"compat_monitor{number}"
         # Asked now: a descriptor is another's once the monitor is closed.
-        found.append(CharacterDevice(label, partial(str, listening_filename(place.address))))
+        found.append(CharacterDevice(label, partial(str, listening_filename(address))))
     return tuple(found)
 
 
