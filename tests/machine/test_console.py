@@ -149,3 +149,15 @@ def test_a_pseudo_terminal_serves_one_program_after_the_other() -> None:
                 assert console.take(64) == turn + b"\r\x03"
             finally:
                 os.close(terminal)
+
+
+def test_last_words_of_a_guest_are_written_though_the_console_is_closed() -> None:
+    (typed, keyboard), (said, out) = os.pipe(), os.pipe()
+    words = bytes(range(256)) * 200
+    console = StdioConsole((typed, out))
+    console.write(words)
+    console.close()
+    for end in (typed, keyboard, out):
+        os.close(end)
+    with open(said, "rb") as file:
+        assert file.read() == words

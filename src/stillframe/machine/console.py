@@ -184,13 +184,16 @@ class StdioConsole(_ThreadedConsole):
 
     def _put(self, data: bytes) -> None:
         rest = memoryview(data)
-        while rest and not self._closed and self._has_reader():
+        while rest and self._has_reader():
             _, writable, _ = select.select([], [self._out], [], 0.5)
             if writable:
                 try:
                     rest = rest[os.write(self._out, rest[:512]) :]
                 except OSError:
                     return
+            elif self._closed:
+                # The guest's last words wait for a reader, but not for ever.
+                return
 
     def _has_reader(self) -> bool:
         """Whether there is anybody to write to."""
