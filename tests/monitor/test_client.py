@@ -302,13 +302,9 @@ def test_a_job_that_was_done_as_the_machine_ended_is_done(
                 await anext(events)
                 let_go.set()
             job = await saving
-            assert (job.type, job.status, job.done, job.total, job.error) == (
-                "snapshot-save",
-                "concluded",
-                7,
-                7,
-                None,
-            )
+            # How far it was is what this client had asked last, or no more than that it was done.
+            assert (job.type, job.status, job.error) == ("snapshot-save", "concluded", None)
+            assert job.done == job.total
             await ending
 
     run(work())
