@@ -87,9 +87,13 @@ def local_name(sock: socket.socket) -> str:
         abstract = isinstance(name, bytes)
         return f"unix:{os.fsdecode(name[1:])},abstract=on,tight=on" if abstract else f"unix:{name}"
     if sock.family in (socket.AF_INET, socket.AF_INET6):
-        host, port = name[:2]
-        return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
+        return tcp_name(*name[:2])
     return f"fd:{sock.fileno()}"
+
+
+def tcp_name(host: str, port: int) -> str:
+    """A TCP port, in QEMU's words. :param host: without the brackets of IPv6."""
+    return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
 
 
 @contextlib.contextmanager

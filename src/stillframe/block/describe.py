@@ -41,8 +41,7 @@ def image_info_json(info: ImageInfo) -> dict[str, Any]:
         "filename": info.filename,
         "format": info.format,
     }
-    if info.format != "null-co":
-        # QEMU asks the driver for this member, and null-co has no answer.
+    if info.dirty is not None:
         shown["dirty-flag"] = info.dirty
     if info.actual_size is not None:
         shown["actual-size"] = info.actual_size
@@ -112,8 +111,6 @@ def named_block_node_json(node: Node, graph: BlockGraph) -> dict[str, Any]:
 
 def _image_json(node: Node, graph: BlockGraph) -> dict[str, Any]:
     shown = image_info_json(node.info())
-    if _at_the_bottom(node).driver == "null-co":
-        shown.pop("dirty-flag", None)
     bottom = shown["filename"]
     shown["filename"] = node_filename(node, graph)
     if "backing-filename" in shown:
@@ -122,11 +119,6 @@ def _image_json(node: Node, graph: BlockGraph) -> dict[str, Any]:
     if backing is not None:
         shown["backing-image"] = _image_json(backing, graph)
     return shown
-
-
-def _at_the_bottom(node: Node) -> Node:
-    """Where a raw node's bytes are."""
-    return _at_the_bottom(node.children["file"]) if node.driver == "raw" else node
 
 
 def _backing_depth(node: Node) -> int:

@@ -344,7 +344,8 @@ class SnapshotStore(Protocol):
 class ImageInfo:
     """What a node knows about its image, in QEMU's words (ImageInfo of the QAPI schema).
 
-    :param format_specific: None where the driver has nothing to say; else its type and data.
+    :param dirty: None where the driver has no answer. :param format_specific: None where it has nothing to say; else its type
+        and data.
     """
 
     filename: str
@@ -353,7 +354,7 @@ class ImageInfo:
     actual_size: int | None
     cluster_size: int | None = None
     encrypted: bool = False
-    dirty: bool = False
+    dirty: bool | None = False
     backing_filename: str | None = None
     backing_format: str | None = None
     snapshots: tuple[SnapshotInfo, ...] = ()

@@ -82,7 +82,9 @@ class NullNode(Node):
             yield Extent(offset, length, ExtentKind.ZERO if self._read_zeroes else ExtentKind.DATA)
 
     def info(self) -> ImageInfo:
-        return ImageInfo(filename="null-co://", format="null-co", virtual_size=self._size, actual_size=0)
+        return ImageInfo(
+            filename="null-co://", format="null-co", virtual_size=self._size, actual_size=0, dirty=None
+        )
 
     def close(self) -> None:
         """Nothing is held."""

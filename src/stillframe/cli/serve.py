@@ -53,10 +53,10 @@ def serve(
     :return: the process's exit code.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
+    if found is not None and found.record is not None:
+        asked = found.record.words
     begun: list[float] = []
     while True:
-        if found is not None and found.record is not None:
-            asked = found.record.words
         failure = asyncio.run(_serve(options, add_nodes, asked, found, command_line))
         if failure is None:
             return 0

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from stillframe.block.open_state import OpenState
 from stillframe.errors import IOFailed
 from stillframe.machine.child import fork_child, wait_for_child
+from stillframe.machine.libc import LIBC, last_error
 from stillframe.machine.memory import PAGE_SIZE, MemoryBlock, advise, aligned_mapping
 from stillframe.machine.userfault import (
     FEATURE_WP_ASYNC,
@@ -88,13 +89,14 @@ class MovedPages:
         self._room.close()
 
 
+_mremap = LIBC.mremap
+_mremap.restype = ctypes.c_void_p
+_mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+
+
 def _move(source: int, target: int, size: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mremap.restype = ctypes.c_void_p
-    libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
-    if libc.mremap(source, size, size, _MAYMOVE | _FIXED | _DONTUNMAP, target) != target:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    if _mremap(source, size, size, _MAYMOVE | _FIXED | _DONTUNMAP, target) != target:
+        raise last_error()
 
 
 class ArrivingMemory:

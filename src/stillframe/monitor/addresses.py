@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stillframe.errors import InvalidRequest, NotFound, PeerError, Refused
-from stillframe.sockets import connected_unix_socket, local_name
+from stillframe.sockets import connected_unix_socket, local_name, tcp_name
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -45,8 +45,7 @@ class TcpAddress:
     port: int
 
     def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"tcp:{host}:{self.port}"
+        return tcp_name(self.host, self.port)
 
 
 @dataclass(frozen=True, slots=True)

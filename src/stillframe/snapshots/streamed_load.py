@@ -31,7 +31,7 @@ from stillframe.snapshots.room import refuse_without_room
 from stillframe.snapshots.selection import Found, LoadSelection
 from stillframe.snapshots.streamed_save import MAXIMUM_DEVICE_STATE, tell_left_out
 from stillframe.vmstate import layout
-from stillframe.vmstate.relayed import read_head, read_tail
+from stillframe.vmstate.relayed import RelayedTail, read_head, read_tail
 from stillframe.vmstate.relaying import relay_memory
 from stillframe.vmstate.transfer import StateSource, state_sink
 
@@ -136,10 +136,7 @@ def _examine(machine: StreamedMachine, found: Found, context: Context, total: in
     machine.refuse_unlike(head)
     with state_sink(lambda offset, data: None) as nowhere:
         relay_memory(source, head, nowhere)
-    length = size - source.offset
-    if not 0 < length <= MAXIMUM_DEVICE_STATE:
-        raise source.corrupt(f"{length} bytes of device state")
-    read_tail(read(source.offset, length))
+    _device_state(source, read, source.offset, size)
 
 
 def _refuse_other_sizes(selection: LoadSelection) -> None:
@@ -156,21 +153,26 @@ def _refuse_other_sizes(selection: LoadSelection) -> None:
 def _to_come(found: Found, stack: ExitStack) -> tuple[StoredState | None, str]:
     """The stream, if its memory can come later; else why not. :raise StreamCorrupt: it is no machine state."""
     snapshot, store = found.snapshot, found.node.store
-    source = StateSource(partial(store.read_state, snapshot), snapshot.state_size, transfer=4096)
+    read = partial(store.read_state, snapshot)
+    source = StateSource(read, snapshot.state_size, transfer=4096)
     head = read_head(source)
     index, why = known_pages(found, head.blocks)
     if index is None:
         return None, why
-    start = index.parts_end + _END
-    length = snapshot.state_size - start
-    if not 0 < length <= MAXIMUM_DEVICE_STATE:
-        raise source.corrupt(f"{length} bytes of device state")
-    tail = read_tail(store.read_state(snapshot, start, length))
+    tail = _device_state(source, read, index.parts_end + _END, snapshot.state_size)
     state = store.open_state(snapshot, snapshot.state_size)
     if state is None:
-        return StoredState(head, tail.devices, index, partial(store.read_state, snapshot), None), ""
+        return StoredState(head, tail.devices, index, read, None), ""
     stack.callback(os.close, state.fd)
     return StoredState(head, tail.devices, index, partial(_read, state), (state.fd,)), ""
+
+
+def _device_state(source: StateSource, read: "partial[bytes]", start: int, size: int) -> RelayedTail:
+    """What stands behind the memory, from `start` on. :param size: of the stream. :raise StreamCorrupt: it cannot be that."""
+    length = size - start
+    if not 0 < length <= MAXIMUM_DEVICE_STATE:
+        raise source.corrupt(f"{length} bytes of device state")
+    return read_tail(read(start, length))
 
 
 def _read(state: OpenState, offset: int, length: int) -> bytes:

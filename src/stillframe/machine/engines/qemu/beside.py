@@ -55,16 +55,20 @@ def does_not_start(error: Refused) -> Refused:
 
 def _refuse_shared_memory(monitor: QemuMonitor) -> None:
     """:raise Unsupported: a memory backend's file would be that of both."""
-    for entry in monitor.execute("qom-list", {"path": "/objects"}):
-        path = f"/objects/{entry['name']}"
-        if entry["type"] == "child<memory-backend-file>" and monitor.execute(
-            "qom-get", {"path": path, "property": "share"}
-        ):
+    for name in memories_in_files(monitor):
+        path = f"/objects/{name}"
+        if monitor.execute("qom-get", {"path": path, "property": "share"}):
             file = monitor.execute("qom-get", {"path": path, "property": "mem-path"})
             raise Unsupported(
-                f"The memory of '{entry['name']}' is the file '{file}' with share=on: a second QEMU would write into it while the "
+                f"The memory of '{name}' is the file '{file}' with share=on: a second QEMU would write into it while the "
                 "first one runs on it; `replace` would end that one first"
             )
+
+
+def memories_in_files(monitor: QemuMonitor) -> list[str]:
+    """The names of the memory backends that have a file."""
+    objects = monitor.execute("qom-list", {"path": "/objects"})
+    return [each["name"] for each in objects if each["type"] == "child<memory-backend-file>"]
 
 
 def give_sockets_back(pid: int) -> None:

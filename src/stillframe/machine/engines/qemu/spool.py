@@ -16,8 +16,9 @@ import tempfile
 import threading
 from typing import Final
 
-from stillframe.errors import IOFailed, io_failed
+from stillframe.errors import io_failed
 from stillframe.machine.engines.qemu.keeper import Keeper
+from stillframe.machine.libc import LIBC, last_error
 
 _log = logging.getLogger(__name__)
 
@@ -150,8 +151,7 @@ class Spool:
 
 def _punch(fd: int, offset: int, length: int) -> None:
     """Give a range of a temporary file back; where the file system cannot, it stays until the file is closed."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.fallocate(fd, _PUNCH_HOLE, ctypes.c_int64(offset), ctypes.c_int64(length)):
-        code = ctypes.get_errno()
-        if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
-            raise IOFailed(f"Could not give back temporary space: {os.strerror(code)}", errno=code)
+    if LIBC.fallocate(fd, _PUNCH_HOLE, ctypes.c_int64(offset), ctypes.c_int64(length)):
+        error = last_error()
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise io_failed("Could not give back temporary space", error) from error

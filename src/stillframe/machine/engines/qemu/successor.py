@@ -13,8 +13,8 @@ from typing import Final
 
 from stillframe.errors import Cancelled, Failed, IOFailed, PeerError, StateMismatch
 from stillframe.machine.control import StoredState
+from stillframe.machine.engines.qemu.beside import memories_in_files
 from stillframe.machine.engines.qemu.capture import MigrationStatus
-from stillframe.machine.engines.qemu.monitor import QemuMonitor
 from stillframe.machine.engines.qemu.plain import feed
 from stillframe.machine.engines.qemu.postcopy import PostcopySource
 from stillframe.machine.engines.qemu.process import QemuProcess
@@ -36,7 +36,8 @@ class QemuSuccessor:
         monitor = self.process.monitor
         why = ""
         with self._explained():
-            if later and monitor.version < (8, 0, 0) and _has_memory_in_files(monitor):
+            # Later versions say themselves whether they can, by the kind of file.
+            if later and monitor.version < (8, 0, 0) and memories_in_files(monitor):
                 later, why = False, "a QEMU before 8 cannot fetch missing pages of memory that is in a file"
             try:
                 monitor.set_capabilities(postcopy_ram=later)
@@ -126,9 +127,3 @@ class QemuSuccessor:
         if self._source is not None:
             self._source.close()
             self._source = None
-
-
-def _has_memory_in_files(monitor: QemuMonitor) -> bool:
-    """Later versions say themselves whether they can, by the kind of file."""
-    found = monitor.execute("qom-list", {"path": "/objects"})
-    return any(each["type"] == "child<memory-backend-file>" for each in found)
