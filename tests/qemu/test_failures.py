@@ -7,6 +7,7 @@ STILLFRAME_LONG=1 goes through all of them.
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,28 @@ from stillframe.client import Client
 from stillframe.errors import StillframeError
 
 
-def outcome_of(machine: QemuGuest, operation: str, tag: str) -> str:
+def outcome_of(work: Callable[[], object]) -> str:
     """What a client is told of it; "done" for a success."""
     try:
-        (machine.save if operation == "save" else machine.load)(tag)
+        work()
     except (StillframeError, OSError) as error:
         return str(error)
     return "done"
+
+
+def keep_one(directory: Path, version: str) -> None:
+    """A machine was there, and has left the snapshot "kept"."""
+    with SmallMachine(directory, version) as machine:
+        machine.beat()
+        machine.save("kept")
+        machine.quit()
+
+
+def assert_kept(machine: SmallMachine, runtime: Path, step: str) -> None:
+    """It has ended, the snapshot is there, and nothing else is left. :param step: at which somebody was killed."""
+    assert list(runtime.iterdir()) == [], step
+    check_image(machine.image, in_use=True)
+    assert listed(machine.image) == ["kept"], step
 
 
 def test_qemu_that_is_killed_ends_the_machine_with_a_word_and_nothing_is_left(
@@ -101,7 +117,7 @@ def test_qemu_killed_at_any_step_of_a_save_costs_that_snapshot_at_most(
         directory = tmp_path / str(number)
         with SmallMachine(directory, version, "--name", "box", dying=("machine", number)) as machine:
             machine.beat()
-            outcome = outcome_of(machine, "save", "new")
+            outcome = outcome_of(lambda: machine.save("new"))
             if not machine.died.exists():
                 machine.quit()
                 break
@@ -118,14 +134,11 @@ def test_qemu_killed_at_any_step_of_a_save_costs_that_snapshot_at_most(
 def test_either_qemu_killed_at_any_step_of_a_load_leaves_snapshots_that_load(
     version: str, who: str, tmp_path: Path, runtime: Path
 ) -> None:
-    with SmallMachine(tmp_path / "m", version) as machine:
-        machine.beat()
-        machine.save("kept")
-        machine.quit()
+    keep_one(tmp_path / "m", version)
     for number in steps("load", 1):
         with SmallMachine(tmp_path / "m", version, "--name", "box", dying=(who, number)) as machine:
             machine.beat()
-            outcome = outcome_of(machine, "load", "kept")
+            outcome = outcome_of(lambda: machine.load("kept"))
             if not machine.died.exists():
                 machine.quit()
                 break
@@ -138,27 +151,18 @@ def test_either_qemu_killed_at_any_step_of_a_load_leaves_snapshots_that_load(
                 machine.quit()
             else:
                 assert machine.process.wait(60) == 1, step
-        assert list(runtime.iterdir()) == [], step
-        check_image(machine.image, in_use=True)
-        assert listed(machine.image) == ["kept"]
+        assert_kept(machine, runtime, step)
 
 
 @pytest.mark.parametrize("version", versions("qemu"))
 def test_qemu_killed_at_any_step_of_a_replacement_leaves_snapshots_that_load(
     version: str, tmp_path: Path, runtime: Path
 ) -> None:
-    with SmallMachine(tmp_path / "m", version) as machine:
-        machine.beat()
-        machine.save("kept")
-        machine.quit()
+    keep_one(tmp_path / "m", version)
     for number in steps("load", 1):
         with SmallMachine(tmp_path / "m", version, "--name", "box", dying=("successor", number)) as machine:
             machine.beat()
-            try:
-                machine.job("snapshot-load", "kept", replace=True)
-                outcome = "done"
-            except (StillframeError, OSError) as error:
-                outcome = str(error)
+            outcome = outcome_of(lambda: machine.job("snapshot-load", "kept", replace=True))
             if not machine.died.exists():
                 machine.quit()
                 break
@@ -171,9 +175,7 @@ def test_qemu_killed_at_any_step_of_a_replacement_leaves_snapshots_that_load(
             else:
                 # It was the machine already.
                 assert machine.process.wait(60) == 1, step
-        assert list(runtime.iterdir()) == [], step
-        check_image(machine.image, in_use=True)
-        assert listed(machine.image) == ["kept"]
+        assert_kept(machine, runtime, step)
 
 
 def goes_on(machine: QemuGuest) -> bool:
