@@ -55,16 +55,16 @@ def fold(
         return
     try:
         try:
-            found = [(block, *_scattered(block, pagemap)) for block in memory]
+            found = [(block, *scattered(block.host_address, block.size, pagemap)) for block in memory]
         except OSError as error:
             _log.info("Memory stays in small pages: %s", error.strerror)
             return
         if sum(count for _, _, count in found) <= cheap:
             return
         left = _ALTOGETHER
-        for block, starts, _ in found:
-            while starts and left > 0:
-                took = at_boundary(partial(_some, block, starts, tracking))
+        for block, addresses, _ in found:
+            while addresses and left > 0:
+                took = at_boundary(partial(_some, block, addresses, tracking))
                 if took is None:
                     return
                 left -= took
@@ -72,21 +72,25 @@ def fold(
         pagemap.close()
 
 
-def _scattered(block: MemoryBlock, pagemap: Pagemap) -> tuple[list[int], int]:
-    """Offsets in a block at which a huge page is worth its while, and how many small ones they would replace."""
-    whole = block.size - block.size % HUGE_PAGE
+def scattered(start: int, length: int, pagemap: Pagemap) -> tuple[list[int], int]:
+    """Addresses at which a huge page is worth its while, and how many small ones they would replace.
+
+    :param start: where such a page may begin; an address of the pagemap's process. :param length: bytes from there on.
+    :raise OSError: the kernel does not tell.
+    """
+    whole = length - length % HUGE_PAGE
     small = np.zeros(whole // PAGE_SIZE, np.bool_)
-    pagemap.mark_small(small, block.host_address)
+    pagemap.mark_small(small, start)
     counts = small.reshape(-1, HUGE_PAGE // PAGE_SIZE).sum(axis=1)
     worth = np.flatnonzero(counts >= _AT_LEAST)
-    return (worth * HUGE_PAGE).tolist(), int(counts[worth].sum())
+    return (start + worth * HUGE_PAGE).tolist(), int(counts[worth].sum())
 
 
-def _some(block: MemoryBlock, starts: list[int], tracking: Tracking) -> float | None:
+def _some(block: MemoryBlock, addresses: list[int], tracking: Tracking) -> float | None:
     """At a boundary: as many as there is time for. :return: seconds that it took; None where it is not worth going on."""
     begun = before = time.monotonic()
-    while starts and before - begun < _AT_ONCE:
-        done = tracking.fold(block, starts.pop())
+    while addresses and before - begun < _AT_ONCE:
+        done = tracking.fold(block, addresses.pop() - block.host_address)
         after = time.monotonic()
         if not done or after - before > _TOO_LONG:
             return None

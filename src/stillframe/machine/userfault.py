@@ -189,10 +189,13 @@ class _ScanArguments(ctypes.Structure):
 
 
 class Pagemap:
-    """Our own page tables, asked. :raise OSError: the kernel does not show them."""
+    """The page tables of a process, asked.
 
-    def __init__(self) -> None:
-        self._fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    :param pid: ours if left out; of another, nothing about writes is to be asked. :raise OSError: the kernel does not show them.
+    """
+
+    def __init__(self, pid: int | None = None) -> None:
+        self._fd = os.open(f"/proc/{'self' if pid is None else pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         self._found = (ctypes.c_uint64 * (3 * _RANGES_AT_ONCE))()
 
     def take_written(self, start: int, length: int, *, filled: bool = False) -> Ranges:

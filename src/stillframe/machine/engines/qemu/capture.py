@@ -27,6 +27,7 @@ from typing import Final, Literal, Protocol
 
 from stillframe.errors import IOFailed, PeerError, StreamCorrupt, io_failed
 from stillframe.events import Event
+from stillframe.machine.engines.qemu.huge_pages import fold_other
 from stillframe.machine.engines.qemu.keeper import Keeper
 from stillframe.machine.engines.qemu.monitor import QemuMonitor
 from stillframe.machine.engines.qemu.postmigrate import leave_postmigrate
@@ -263,18 +264,20 @@ class Capture:
 class Capturing:
     """How one QEMU is asked for its state.
 
-    :param directory: its own. :param words: that the user gave it.
+    :param pid: its process. :param directory: its own. :param words: that the user gave it.
     """
 
     def __init__(
         self,
         monitor: QemuMonitor,
+        pid: int,
         directory: Path,
         status: MigrationStatus,
         guest: Guest,
         words: Sequence[str] = (),
     ) -> None:
         self._monitor = monitor
+        self._pid = pid
         self._directory = directory
         self._path = directory / "migration"
         self._status = status
@@ -315,7 +318,7 @@ class Capturing:
         """The guest's state of one instant, for as long as the block lasts; the guest goes on before it begins.
 
         :param instant: when none of the guest's requests is in flight.
-        :param refuse_if_cancelled: called while memory is sent before the pause; raises to end it.
+        :param refuse_if_cancelled: called in what goes before the pause; raises to end it.
         :param quiesced: a block in which the guest's file systems are frozen, or why they are not.
         :raise Failed: QEMU does not give it; the guest goes on.
         """
@@ -324,6 +327,8 @@ class Capturing:
         self._monitor.execute(
             "migrate-set-parameters", {"max-bandwidth": _BANDWIDTH, "downtime-limit": _DOWNTIME_MS}
         )
+        if how == "background":
+            fold_other(self._pid, refuse_if_cancelled)
         listener, file = listening_unix_socket(self._path)
         try:
             outlives_us = how == "background" and not self._modern

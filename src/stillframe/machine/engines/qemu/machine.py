@@ -442,7 +442,9 @@ class QemuMachine:
         if self.runs():
             # Memory that is sent before the pause has QEMU stop the guest by itself.
             self._home.note(runs=True)
-        capturing = Capturing(process.monitor, process.directory, self._status, self, self._config.words)
+        capturing = Capturing(
+            process.monitor, process.pid, process.directory, self._status, self, self._config.words
+        )
         quiesced = partial(self._quiescing.quiesced, quiesce)
         instant = Instant(with_disks_at_rest, others_at_rest)
         with capturing.captured(instant, refuse_if_cancelled, quiesced) as capture:

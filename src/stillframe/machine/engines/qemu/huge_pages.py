@@ -1,0 +1,98 @@
+"""A QEMU's guest memory put back into huge pages, before a save that has to protect all of it.
+
+QEMU reads a byte of every page and then protects every page while its guest stands still: 512 times the work where a huge page has
+become small ones. It becomes that in every save (the protection is taken off piece by piece) and in every load by page fault.
+
+The kernel does it for another process: Linux 6.1, and CAP_SYS_NICE. Memory that QEMU shares with others is left as it is.
+"""
+
+import ctypes
+import errno
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from stillframe.machine.folding import scattered
+from stillframe.machine.libc import LIBC, last_error
+from stillframe.machine.memory import HUGE_PAGE
+from stillframe.machine.userfault import Pagemap
+
+_log = logging.getLogger(__name__)
+
+_PROCESS_MADVISE: Final = 440
+_MADV_COLLAPSE: Final = 25
+_HOPELESS: Final = frozenset({errno.EPERM, errno.ENOSYS, errno.ESRCH, errno.ENOMEM})
+"""What is true of every page: not allowed, not known, no process any more, no huge page left. Others: this one is in use."""
+
+_ALTOGETHER: Final = 2.0
+"""Seconds before one save, in which the guest runs; the next save goes on. A GiB takes 0.1, one that came page by page 0.5."""
+_TOO_LONG: Final = 0.05
+"""Seconds for one huge page, for which a guest that needs it waits: such a host has none to spare, and is asked no more."""
+
+_MAPPING: Final = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) (....) ")
+
+
+class _Range(ctypes.Structure):
+    """The kernel's iovec."""
+
+    _fields_ = (("start", ctypes.c_size_t), ("length", ctypes.c_size_t))
+
+
+def fold_other(pid: int, attend: Callable[[], None]) -> None:
+    """Make the pause of the next save short, where that is possible; a host that does not let us leaves all as it is.
+
+    :param pid: a process of ours; one that has ended is none that can be helped.
+    :param attend: called now and then; what it raises ends this.
+    """
+    deadline = time.monotonic() + _ALTOGETHER
+    try:
+        process = os.pidfd_open(pid)
+    except OSError as error:
+        _log.info("QEMU's memory stays in small pages: %s", error.strerror)
+        return
+    try:
+        pagemap = Pagemap(pid)
+        try:
+            found = [scattered(start, length, pagemap) for start, length in _wants_huge_pages(pid)]
+        finally:
+            pagemap.close()
+        for address in (address for addresses, _ in found for address in addresses):
+            attend()
+            begun = time.monotonic()
+            if begun > deadline:
+                return
+            _collapse(process, address)
+            if time.monotonic() - begun > _TOO_LONG:
+                return
+    except OSError as error:
+        _log.info("QEMU's memory stays in small pages: %s", error.strerror)
+    finally:
+        os.close(process)
+
+
+def _wants_huge_pages(pid: int) -> Iterator[tuple[int, int]]:
+    """Address and bytes of private data that the process has told the kernel to have huge pages for: QEMU does that for its RAM."""
+    mapping: tuple[int, int] | None = None
+    with Path(f"/proc/{pid}/smaps").open("rb") as lines:
+        for line in lines:
+            if found := _MAPPING.match(line):
+                first, end = int(found[1], 16), int(found[2], 16)
+                # Translated code is in such a mapping, too.
+                mapping = (first, end) if found[3] == b"rw-p" else None
+            elif mapping is not None and line.startswith(b"VmFlags:") and b" hg" in line:
+                first = -(-mapping[0] // HUGE_PAGE) * HUGE_PAGE
+                if (length := mapping[1] - first) >= HUGE_PAGE:
+                    yield first, length
+
+
+def _collapse(process: int, address: int) -> None:
+    """One huge page, if the kernel can. :raise OSError: it need not be asked for another."""
+    where = _Range(address, HUGE_PAGE)
+    if LIBC.syscall(_PROCESS_MADVISE, process, ctypes.byref(where), 1, _MADV_COLLAPSE, 0) < 0:
+        error = last_error()
+        if error.errno in _HOPELESS:
+            raise error
