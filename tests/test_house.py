@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "cli.image_serve": WIRE | {"block", "events", "sockets"},
     "cli.image_snapshot": WIRE | {"block", "snapshots.group", "snapshots.selection"},
     "cli.demo": WIRE | {"block.create"},
+    "cli.doctor": WIRE | {"machine.engines.qemu.huge_pages"},
     "cli.drop_in": WIRE | {"block", "machine.catalogue", "monitor.wire"},
     "cli.drop_in_options": WIRE | {"machine.catalogue"},
     "cli.run": WIRE | {"block", "machine", "monitor"},

@@ -7,6 +7,7 @@ version number. A check never changes the host.
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import platform
 import shutil
@@ -15,7 +16,8 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -132,11 +134,9 @@ def _kvm() -> Finding:
     return Finding("kvm", "ok", "/dev/kvm can be opened", needs)
 
 
-def _live_save() -> Finding:
-    """A sleeping child, read as a save reads the one that keeps its memory."""
-    needs = "saving while the guest runs; else it stands still while its memory is copied"
-    libc = ctypes.CDLL(None, use_errno=True)
-    here, there = ctypes.create_string_buffer(b"before", 6), ctypes.create_string_buffer(6)
+@contextmanager
+def _sleeping_child() -> Iterator[int]:
+    """The number of a process with our memory as it is now, which ends with the block."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -145,13 +145,22 @@ def _live_save() -> Finding:
         os._exit(0)
     os.close(reader)
     try:
+        yield pid
+    finally:
+        os.close(writer)
+        os.waitpid(pid, 0)
+
+
+def _live_save() -> Finding:
+    """A sleeping child, read as a save reads the one that keeps its memory."""
+    needs = "saving while the guest runs; else it stands still while its memory is copied"
+    libc = ctypes.CDLL(None, use_errno=True)
+    here, there = ctypes.create_string_buffer(b"before", 6), ctypes.create_string_buffer(6)
+    with _sleeping_child() as pid:
         here.raw = b"after "
         ranges = [(ctypes.c_void_p * 2)(ctypes.addressof(each), 6) for each in (there, here)]
         count = libc.process_vm_readv(pid, ranges[0], 1, ranges[1], 1, 0)
         why = os.strerror(ctypes.get_errno())
-    finally:
-        os.close(writer)
-        os.waitpid(pid, 0)
     if count != 6 or there.raw != b"before":
         return Finding(
             "live save",
@@ -184,6 +193,40 @@ def _userfaultfd() -> Finding:
             "userfaultfd", "limited", f"{how}; no asynchronous tracking", needs, "Use Linux 6.7 or newer."
         )
     return Finding("userfaultfd", "ok", f"{how}; pages on demand, changes tracked", needs)
+
+
+def _huge_pages() -> Finding:
+    """A child's memory, put together as a QEMU's is before a save."""
+    from stillframe.machine.engines.qemu.huge_pages import fold_other
+
+    needs = "the shortest pause of a save with --engine qemu; else it grows with the guest's memory"
+    remedy = why = ""
+    try:
+        with mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+            # Small pages, in a range that is to have huge ones.
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+            for at in range(0, len(memory), mmap.PAGESIZE):
+                memory[at] = 1
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            with _sleeping_child() as pid:
+                fold_other(pid, lambda: None)
+                if not _in_huge_pages(pid):
+                    why = "the kernel gives none"
+    except OSError as error:
+        why = os.strerror(error.errno or 0)
+        if error.errno == errno.EPERM:
+            remedy = "Run it as root, or with the capability CAP_SYS_NICE."
+        elif error.errno == errno.ENOTTY:
+            remedy = "Use Linux 6.7 or newer."
+    if why:
+        return Finding("huge pages", "limited", f"a QEMU's memory stays in small ones: {why}", needs, remedy)
+    return Finding("huge pages", "ok", "a QEMU's memory is put into them before a save", needs)
+
+
+def _in_huge_pages(pid: int) -> bool:
+    """Whether some of its memory is."""
+    found = Path(f"/proc/{pid}/smaps_rollup").read_text().partition("AnonHugePages:")[2].split()
+    return bool(found) and found[0] != "0"
 
 
 def _open_userfaultfd() -> tuple[str, int | None]:
@@ -318,6 +361,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     _sockets,
     _live_save,
     _userfaultfd,
+    _huge_pages,
     _kvm,
     _qemu,
 )

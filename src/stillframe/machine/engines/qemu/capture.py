@@ -328,7 +328,10 @@ class Capturing:
             "migrate-set-parameters", {"max-bandwidth": _BANDWIDTH, "downtime-limit": _DOWNTIME_MS}
         )
         if how == "background":
-            fold_other(self._pid, refuse_if_cancelled)
+            try:
+                fold_other(self._pid, refuse_if_cancelled)
+            except OSError as error:
+                _log.info("QEMU's memory stays in small pages: %s", error.strerror)
         listener, file = listening_unix_socket(self._path)
         try:
             outlives_us = how == "background" and not self._modern

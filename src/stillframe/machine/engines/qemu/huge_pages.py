@@ -3,12 +3,12 @@
 QEMU reads a byte of every page and then protects every page while its guest stands still: 512 times the work where a huge page has
 become small ones. It becomes that in every save (the protection is taken off piece by piece) and in every load by page fault.
 
-The kernel does it for another process: Linux 6.1, and CAP_SYS_NICE. Memory that QEMU shares with others is left as it is.
+Linux does it for another process since 6.1, and tells which pages are small since 6.7; it wants CAP_SYS_NICE. Memory that QEMU
+shares with others is left as it is.
 """
 
 import ctypes
 import errno
-import logging
 import os
 import re
 import time
@@ -20,8 +20,6 @@ from stillframe.machine.folding import scattered
 from stillframe.machine.libc import LIBC, last_error
 from stillframe.machine.memory import HUGE_PAGE
 from stillframe.machine.userfault import Pagemap
-
-_log = logging.getLogger(__name__)
 
 _PROCESS_MADVISE: Final = 440
 _MADV_COLLAPSE: Final = 25
@@ -43,17 +41,13 @@ class _Range(ctypes.Structure):
 
 
 def fold_other(pid: int, attend: Callable[[], None]) -> None:
-    """Make the pause of the next save short, where that is possible; a host that does not let us leaves all as it is.
+    """Make the pause of the next save short.
 
-    :param pid: a process of ours; one that has ended is none that can be helped.
-    :param attend: called now and then; what it raises ends this.
+    :param pid: a process of ours. :param attend: called now and then; what it raises ends this.
+    :raise OSError: the kernel does not let us, or there is no such process any more; memory is what it was.
     """
     deadline = time.monotonic() + _ALTOGETHER
-    try:
-        process = os.pidfd_open(pid)
-    except OSError as error:
-        _log.info("QEMU's memory stays in small pages: %s", error.strerror)
-        return
+    process = os.pidfd_open(pid)
     try:
         pagemap = Pagemap(pid)
         try:
@@ -68,8 +62,6 @@ def fold_other(pid: int, attend: Callable[[], None]) -> None:
             _collapse(process, address)
             if time.monotonic() - begun > _TOO_LONG:
                 return
-    except OSError as error:
-        _log.info("QEMU's memory stays in small pages: %s", error.strerror)
     finally:
         os.close(process)
 
