@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -76,6 +77,19 @@ def without_userfaultfd(directory: Path, program: str) -> str:
     script.write_text(f"#!/bin/sh\n{command}\n")
     script.chmod(0o755)
     return str(script)
+
+
+def free_port() -> int:
+    """Of TCP, on the loopback address, where nobody listens just now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def free_display() -> str:
+    """Words for `-vnc`. Each test has an address of its own: while one moves its display, another's QEMU would take the place."""
+    number = free_port() - 5900
+    return f"127.0.0.1:{number},to={number}"
 
 
 def starting_while(there: Path, program: str) -> str:

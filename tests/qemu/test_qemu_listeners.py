@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from peers import peer
-from qemu_guests import GuestMachine, starting_while, versions
+from qemu_guests import GuestMachine, free_display, free_port, starting_while, versions
 from stillframe.errors import StillframeError
 from stillframe.sockets import connected_unix_socket
 
@@ -26,7 +26,7 @@ def greeting(connection: socket.socket) -> bytes:
 def test_display_is_at_its_address_after_each_load_and_still_wants_its_password(
     version: str, tmp_path: Path
 ) -> None:
-    words = ["-vnc", "127.0.0.1:40,to=200,password=on"]
+    words = ["-vnc", f"{free_display()},password=on"]
     with GuestMachine(tmp_path / "guest", version, "--paused", words=words) as machine:
 
         def found() -> tuple[str, str]:
@@ -119,9 +119,7 @@ def of_debugger(port: int) -> list[str]:
 def test_load_is_refused_where_two_cannot_listen_and_the_machine_goes_on(
     version: str, words: Callable[[int], list[str]], tmp_path: Path
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with GuestMachine(tmp_path / "guest", version, "--paused", words=words(port)) as machine:
         machine.save("one")
         refusal = r"No second QEMU starts .*([Aa]ddress already|forwarding rule).*in the way, `replace` ends it first"

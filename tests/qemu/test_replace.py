@@ -11,7 +11,7 @@ import pytest
 
 from peers import peer
 from qemu.killed import SmallMachine, qemus_of
-from qemu_guests import BEAT, check_image, starting_while, versions
+from qemu_guests import BEAT, check_image, free_display, free_port, starting_while, versions
 from running import STILLFRAME, stillframe
 from stillframe.errors import StillframeError
 
@@ -33,20 +33,13 @@ class PoorMachine(SmallMachine):
         super().__init__(directory, version)
 
 
-@pytest.fixture
-def port() -> int:
-    """A free one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 @every_version
 def test_guest_whose_address_two_cannot_have_is_replaced_and_goes_on(
-    version: str, port: int, tmp_path: Path, runtime: Path
+    version: str, tmp_path: Path, runtime: Path
 ) -> None:
+    port = free_port()
     words = ["-chardev", f"socket,id=x,host=127.0.0.1,port={port},server=on,wait=off"]
-    words += ["-vnc", "127.0.0.1:40,to=200"]
+    words += ["-vnc", free_display()]
     with SmallMachine(tmp_path / "m", version, "--name", "box", words=words) as machine:
         display = machine.execute("query-vnc")["service"]
         saved_at = machine.beat()
