@@ -1,21 +1,32 @@
 """Packages of a Debian suite and architecture other than the host's, fetched and unpacked beside it, without root.
 
-`apt-get` does the work, with all its state in a directory of ours. The mirror is the one that the host's own apt is configured
+apt does the work, with all its state in a directory of ours. The mirror is the one that the host's own apt is configured
 for: the source whose path ends in `debian`. Used by scripts/debian-guest and scripts/debian-qemu.
+
+Each set of packages is on record in debian-packages.json, by path on the mirror and SHA-256: what the tests were run with, and what
+a mirror has even while its lists are being renewed. Where it has them no more, the newest of the suite are taken. `--newest` puts
+those on record.
 """
 
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 SUITE = "trixie"
+RECORD = Path(__file__).resolve().parent / "debian-packages.json"
+_HELPER = "/usr/lib/apt/apt-helper"
+_PAUSES = (5, 25)
+"""Seconds before a fetch is tried again."""
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -29,7 +40,7 @@ def say(text: str) -> None:
 
 
 def run(*words: str | Path, doing: str, **more: str) -> str:
-    """A program's output; the end of its error output is part of the failure."""
+    """A program's output; the end of its error output is part of the failure, and what apt did not get."""
     try:
         done = subprocess.run(
             [str(word) for word in words],
@@ -42,10 +53,10 @@ def run(*words: str | Path, doing: str, **more: str) -> str:
     except FileNotFoundError:
         raise Failure(f"{doing} needs the program {words[0]}, which is not installed") from None
     if done.returncode:
-        last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [
-            f"exit status {done.returncode}"
-        ]
-        raise Failure(f"{doing} failed: {last[0].strip()}")
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        missing = [line for line in lines if line.startswith("E: Failed to fetch")]
+        last = (missing[:1] + lines[-1:]) or [f"exit status {done.returncode}"]
+        raise Failure(f"{doing} failed: {last[0]}")
     return done.stdout
 
 
@@ -150,6 +161,18 @@ class Packages:
         flags = [flag for key, value in options.items() for flag in ("-o", f"{key}={value}")]
         return run(program, "-q", *flags, *words, doing=doing)
 
+    def _fetch(self, *words: str, doing: str) -> None:
+        """`apt-get`, for what comes over the network: a mirror that is away for half a minute fails nothing."""
+        for pause in (*_PAUSES, None):
+            try:
+                self._apt("apt-get", *words, doing=doing)
+                return
+            except Failure as failure:
+                if pause is None:
+                    raise
+                say(f"{failure}; once more in {pause} seconds")
+                time.sleep(pause)
+
     def update(self) -> None:
         """Fetch the suite's list of packages, once a run."""
         if self._updated:
@@ -158,7 +181,7 @@ class Packages:
         (self._directory / "etc").mkdir(parents=True, exist_ok=True)
         (self._directory / "etc" / "sources.list").write_text(f"deb {options}{uri} {SUITE} main\n")
         say(f"fetching the package lists of {SUITE} {self.architecture}")
-        self._apt("apt-get", "update", "--error-on=any", doing=f"Fetching the package lists of {SUITE}")
+        self._fetch("update", "--error-on=any", doing=f"Fetching the package lists of {SUITE}")
         self._updated = True
 
     def depends(self, package: str) -> list[str]:
@@ -183,27 +206,75 @@ class Packages:
         )
         return sorted({line.split()[1] for line in text.splitlines() if line.startswith("Inst ")})
 
-    def unpack(self, packages: Iterable[str], into: Path) -> dict[str, str]:
-        """Download packages and unpack them over each other.
+    def record(self, name: str, find: Callable[[], Iterable[str]]) -> None:
+        """Put the suite's newest packages of a set on record. :param find: which these are, by the suite's lists."""
+        packages = sorted(find())
+        self.update()
+        listed = self._apt("apt-get", "download", "--print-uris", *packages, doing="Listing packages")
+        uri, _ = _mirror()
+        found = re.findall(r"^'(\S+)' \S+ \d+ SHA256:(\w+)$", listed, re.MULTILINE)
+        if len(found) != len(packages):
+            raise Failure(f"{SUITE} has not all of {', '.join(packages)}")
+        files = {where.removeprefix(uri): digest for where, digest in found}
+        RECORD.write_text(json.dumps({**_record(), name: files}, indent=1, sort_keys=True) + "\n")
 
+    def unpack(self, name: str, find: Callable[[], Iterable[str]], into: Path) -> dict[str, str]:
+        """Download a set of packages and unpack them over each other.
+
+        :param name: the set's, on record. :param find: which these are, by the suite's lists.
         :return: the version of each.
         """
-        self.update()
-        names = sorted(packages)
         versions: dict[str, str] = {}
-        say(f"downloading {len(names)} packages of {SUITE} {self.architecture}")
         with tempfile.TemporaryDirectory(dir=self._directory.parent, prefix=".download-") as scratch:
-            here = os.getcwd()
-            os.chdir(scratch)
-            try:
-                self._apt("apt-get", "download", *names, doing=f"Downloading packages of {SUITE}")
-            finally:
-                os.chdir(here)
+            if not self._download_recorded(name, Path(scratch)):
+                self._download(sorted(find()), Path(scratch))
             for archive in sorted(Path(scratch).glob("*.deb")):
                 fields = run("dpkg-deb", "--show", archive, doing=f"Reading {archive.name}").split()
                 versions[fields[0]] = fields[1]
                 run("dpkg-deb", "--extract", archive, into, doing=f"Unpacking {archive.name}")
         return versions
+
+    def _download_recorded(self, name: str, into: Path) -> bool:
+        """Whether the mirror has all that is on record."""
+        files = recorded(name)
+        if not files or not Path(_HELPER).exists():
+            return False
+        say(f"downloading {len(files)} packages of {SUITE} {self.architecture}")
+        uri, _ = _mirror()
+        words = [
+            word
+            for path, digest in files.items()
+            for word in (f"{uri}{path}", into / Path(path).name, f"SHA256:{digest}")
+        ]
+        try:
+            options = ("-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=3")
+            run(_HELPER, *options, "download-file", *words, doing="Downloading packages")
+        except Failure as failure:
+            say(f"{failure}; looking for newer ones")
+            for path in into.iterdir():
+                path.unlink()
+            return False
+        return True
+
+    def _download(self, packages: Sequence[str], into: Path) -> None:
+        self.update()
+        say(f"downloading {len(packages)} packages of {SUITE} {self.architecture}, the newest")
+        here = os.getcwd()
+        os.chdir(into)
+        try:
+            self._fetch("download", *packages, doing=f"Downloading packages of {SUITE}")
+        finally:
+            os.chdir(here)
+
+
+def recorded(name: str) -> dict[str, str]:
+    """A set on record: path on the mirror and SHA-256 of each package; empty where there is none."""
+    return _record().get(name, {})
+
+
+def _record() -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    return found
 
 
 def main(work: Callable[[], None]) -> None:
