@@ -206,11 +206,23 @@ def qemu_words(version: str, image: Path, *more: str) -> list[str]:
 
 @contextmanager
 def machine_within(
-    directory: Path, program: str, ready: str, *, kernel: Path, initrd: Path, append: str, agent: bool = False
+    directory: Path,
+    program: str,
+    ready: str,
+    *,
+    kernel: Path,
+    append: str,
+    initrd: Path | None = None,
+    agent: bool = False,
+    words: Sequence[str] = (),
+    home: MachineHome | None = None,
 ) -> Iterator[QemuMachine]:
-    """A machine in this process, without disks, when its guest has said `ready`."""
+    """A machine in this process, without disks, when its guest has said `ready`.
+
+    :param words: further ones of QEMU's. :param home: with a record; the caller's to close.
+    """
     log = directory / "console"
-    with closing(MachineHome.temporary()) as home, closing(LogConsole(log)) as console:
+    with closing(MachineHome.temporary()) as temporary, closing(LogConsole(log)) as console:
         config = QemuConfig(
             name=None,
             program=program,
@@ -223,10 +235,10 @@ def machine_within(
             devices=(),
             nodes=(),
             flash=(),
-            words=(*BOARDS["x86_64"].words, "-device", "virtio-rng-pci"),
+            words=(*BOARDS["x86_64"].words, "-device", "virtio-rng-pci", *words),
             console=console,
             agent=agent,
-            home=home,
+            home=home or temporary,
             keep_after_shutdown=False,
             reconnect_seconds=0,
         )

@@ -58,10 +58,12 @@ def converse(target: str, talk: Callable[[Client], Coroutine[Any, Any, Result]])
             if task is not None:
                 task.cancel()
 
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_but_for_cancellation)
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_DFL:
                 # Not where it is ignored, as under nohup.
-                asyncio.get_running_loop().add_signal_handler(number, cancel)
+                loop.add_signal_handler(number, cancel)
         async with Client(target) as client:
             return await talk(client)
 
@@ -71,3 +73,9 @@ def converse(target: str, talk: Callable[[Client], Coroutine[Any, Any, Result]])
         if signalled:
             raise KeyboardInterrupt from None
         raise
+
+
+def _but_for_cancellation(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What nobody waited for is reported. qemu.qmp leaves a future of its own behind where an interruption meets its goodbye."""
+    if not isinstance(context.get("exception"), asyncio.CancelledError):
+        loop.default_exception_handler(context)

@@ -29,7 +29,7 @@ from stillframe.errors import IOFailed, PeerError, StreamCorrupt, io_failed
 from stillframe.events import Event
 from stillframe.machine.engines.qemu.huge_pages import fold_other
 from stillframe.machine.engines.qemu.keeper import Keeper
-from stillframe.machine.engines.qemu.monitor import QemuMonitor
+from stillframe.machine.engines.qemu.monitor import STOPPED_BY_US, QemuMonitor
 from stillframe.machine.engines.qemu.postmigrate import leave_postmigrate
 from stillframe.machine.engines.qemu.spool import Spool
 from stillframe.sockets import listening_unix_socket
@@ -56,7 +56,7 @@ _OVER: Final = frozenset({"completed", "failed", "cancelled"})
 
 
 class Pause:
-    """A stop of ours. :param ran: whether the guest ran before.
+    """A stop of ours. :param ran: whether the guest ran before, and shall again.
 
     :ivar ends_itself: QEMU lets the guest go on by itself, and must not be told to.
     """
@@ -287,16 +287,22 @@ class Capturing:
 
     def how(self, state: str) -> tuple[How, str]:
         """Which way it will be, and why not the better one; asks QEMU. :param state: the run state, in its word."""
-        runs = state == "running"
-        if not runs and not self._modern:
+        found = self._may_be(state)
+        if found[0] == "background":
+            try:
+                self._enable("background_snapshot")
+            except PeerError as error:
+                why = f"QEMU may not track what its guest writes: {error}"
+                return ("precopy" if state == "running" else "stopped"), why
+        return found
+
+    def _may_be(self, state: str) -> tuple[How, str]:
+        """`how`, as far as the run state alone decides it."""
+        if state != "running" and not self._modern:
             return "stopped", "a QEMU before 8 would let a paused guest run"
         if state not in ("running", "paused"):
             # QEMU ends itself: from "prelaunch", for one, there is no way to "paused" in its table of run states.
             return "stopped", f"QEMU would not survive another way in its run state '{state}'"
-        try:
-            self._enable("background_snapshot")
-        except PeerError as error:
-            return ("precopy" if runs else "stopped"), f"QEMU may not track what its guest writes: {error}"
         return "background", ""
 
     def _enable(self, wanted: str = "") -> None:
@@ -323,7 +329,7 @@ class Capturing:
         :raise Failed: QEMU does not give it; the guest goes on.
         """
         self._status.begin()
-        how, why = self.how(self._monitor.execute("query-status")["status"])
+        how, why = self.how(self._state())
         self._monitor.execute(
             "migrate-set-parameters", {"max-bandwidth": _BANDWIDTH, "downtime-limit": _DOWNTIME_MS}
         )
@@ -357,7 +363,7 @@ class Capturing:
             yield capture
         finally:
             try:
-                capture.end(may_cancel=self._modern or how != "background")
+                capture.end(may_cancel=self._modern or capture.how != "background")
             finally:
                 spool.close()
                 file.remove()
@@ -367,20 +373,37 @@ class Capturing:
 
     def _background(self, capture: Capture, instant: Instant) -> None:
         with instant.coming() as happen, self._guest.paused() as pause:
-            try:
-                happen()
-                self._migrate()
-                pause.ends_itself = not self._modern
-                capture.read_head()
-                capture.wait_for_tracking()
-            except BaseException:
-                # It must be over before the guest goes on, if QEMU has not let it by then.
-                pause.ends_itself = False
-                capture.end(may_cancel=self._modern)
-                raise
+            # The guest may have stopped since, or been stopped: QEMU would let it run then, or end itself.
+            capture.how, capture.why = self._may_be("running" if pause.ran else self._state())
+            if capture.how == "background":
+                try:
+                    happen()
+                    self._migrate()
+                    pause.ends_itself = not self._modern
+                    capture.read_head()
+                    capture.wait_for_tracking()
+                except BaseException:
+                    # It must be over before the guest goes on, if QEMU has not let it by then.
+                    pause.ends_itself = False
+                    capture.end(may_cancel=self._modern)
+                    raise
+                return
+        self._stopped(capture, instant)
+
+    def _state(self) -> str:
+        return str(self._monitor.execute("query-status")["status"])
+
+    def _shall_run(self, *, ran: bool) -> bool:
+        """Whether a guest that ran has stopped for us alone, if at all."""
+        return ran and not self._guest.stop_asked() and self._state() in {"running", *STOPPED_BY_US}
 
     def _precopy(self, capture: Capture, instant: Instant, refuse_if_cancelled: Callable[[], None]) -> None:
+        shall_run = False
+
         def switch_over() -> None:
+            nonlocal shall_run
+            # Not what it is later: QEMU may have stopped it before we looked.
+            shall_run = self._shall_run(ran=ran)
             self._monitor.execute("stop")
             self._status.wait_for("pre-switchover", _SETUP_SECONDS)
             if self._status.now != "pre-switchover":
@@ -401,8 +424,7 @@ class Capturing:
                 self._give_up(capture, ran=ran)
                 raise
             with self._guest.paused(switch_over) as pause:
-                # Not what it is now: QEMU may have stopped it before we looked.
-                pause.ran = ran and not self._guest.stop_asked()
+                pause.ran = shall_run
                 try:
                     happen()
                     self._monitor.execute("migrate-continue", {"state": "pre-switchover"})
@@ -414,12 +436,12 @@ class Capturing:
     def _give_up(self, capture: Capture, *, ran: bool) -> None:
         """Before our pause: QEMU may be about to stop the guest, or have stopped it."""
         with self._guest.paused(lambda: capture.end(may_cancel=True)) as pause:
-            pause.ran = ran and not self._guest.stop_asked()
+            pause.ran = self._shall_run(ran=ran)
 
     def _stopped(self, capture: Capture, instant: Instant) -> None:
         self._enable()
         with instant.coming() as happen, self._guest.paused():
-            if self._monitor.execute("query-status")["status"] == "postmigrate":
+            if self._state() == "postmigrate":
                 leave_postmigrate(self._monitor, self._directory, self._words)
             try:
                 happen()

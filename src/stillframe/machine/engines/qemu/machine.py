@@ -13,7 +13,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from stillframe.machine.engines.qemu.console import SerialRelay
 from stillframe.machine.engines.qemu.disks import DiskExports, disks_of
 from stillframe.machine.engines.qemu.display import Addresses, addresses, move
 from stillframe.machine.engines.qemu.home import LoadNote, ProcessNote, open_process
-from stillframe.machine.engines.qemu.monitor import asked, let_run
+from stillframe.machine.engines.qemu.monitor import STOPPED_BY_US, asked, let_run
 from stillframe.machine.engines.qemu.outside import refuse_outside_state
 from stillframe.machine.engines.qemu.process import QemuProcess, socket_words
 from stillframe.machine.engines.qemu.quiescing import Quiescing
@@ -196,7 +196,7 @@ class QemuMachine:
         finally:
             self._begun.set()
         self._attach_serial(process)
-        if record.runs and not self.runs():
+        if record.runs and process.monitor.execute("query-status")["status"] in STOPPED_BY_US:
             process.monitor.execute("cont")
         self._home.forget_intent()
 
@@ -370,6 +370,8 @@ class QemuMachine:
                         stop()
                     elif pause.ran and gone is None:
                         self._qemu.monitor.execute("stop")
+                        # One that had stopped by itself in that moment is not to go on.
+                        pause.ran = self._query_state(_QUIT_SECONDS) is RunState.PAUSED
                     yield pause
                 finally:
                     if pause.ran and not self._qemu.monitor.ended and self._memory_lost is None:
@@ -442,12 +444,16 @@ class QemuMachine:
         if self.runs():
             # Memory that is sent before the pause has QEMU stop the guest by itself.
             self._home.note(runs=True)
-        capturing = Capturing(
-            process.monitor, process.pid, process.directory, self._status, self, self._config.words
-        )
+        words = self._config.words
+        capturing = Capturing(process.monitor, process.pid, process.directory, self._status, self, words)
         quiesced = partial(self._quiescing.quiesced, quiesce)
         instant = Instant(with_disks_at_rest, others_at_rest)
-        with capturing.captured(instant, refuse_if_cancelled, quiesced) as capture:
+        with ExitStack() as stack:
+            try:
+                capture = stack.enter_context(capturing.captured(instant, refuse_if_cancelled, quiesced))
+            except BaseException:
+                self._home.forget_intent()
+                raise
             yield capture
 
     def _agent_port(self) -> Path | None:

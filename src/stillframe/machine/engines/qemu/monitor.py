@@ -24,6 +24,9 @@ _log = logging.getLogger(__name__)
 DEFAULT_SECONDS: Final = 60.0
 """For an answer: QEMU's main thread may be busy with a flush, and is given up on only then."""
 
+STOPPED_BY_US: Final = frozenset({"paused", "finish-migrate", "postmigrate"})
+"""Run states of a guest that ran until we or a migration of ours stopped it. In others it stopped by itself: it must not go on."""
+
 _MAXIMUM_LINE: Final = 64 << 20
 """Bytes; QEMU's longest answer, its schema, has a quarter of a mebibyte."""
 

@@ -57,7 +57,8 @@ class Spool:
         buffer = memoryview(bytearray(_TAKEN_AT_ONCE))
         # QEMU wakes this thread at every page, which would take the processor from the guest each time.
         with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+            if os.sched_getscheduler(0) == os.SCHED_OTHER:
+                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         try:
             self._connection, _ = self._listener.accept()
             if self._keeper is not None:
