@@ -6,12 +6,14 @@ One guest a version is booted and serves all tests of that version: each leaves 
 import asyncio
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from guest.consoles import GuestProcess
+from peers import peer
 from qemu_guests import BEAT, VERSIONS, GuestMachine, check_image, create, qemu_words, versions
 from running import connected, stillframe
 from stillframe.client import Client, connect
@@ -166,6 +168,7 @@ def test_monitor_passes_on_what_is_qemus_and_hides_what_is_ours(machine: GuestMa
     names = {each["name"] for each in machine.execute("query-commands")}
     assert {"device_add", "snapshot-save", "query-cpus-fast"} <= names
     assert not {name for name in names if name.startswith("migrate")}
+    assert not {"blockdev-snapshot-sync", "blockdev-mirror", "block_resize", "eject"} & names
     # Not our two boards: those of the program that runs the guest.
     assert len(machine.execute("query-machines")) > 2
     with pytest.raises(StillframeError, match="has not been found"):
@@ -183,6 +186,74 @@ def test_monitor_passes_on_what_is_qemus_and_hides_what_is_ours(machine: GuestMa
     assert machine.execute("human-monitor-command", command_line="log none") == ""
     machine.save("one")
     assert "one" in machine.execute("human-monitor-command", command_line="info snapshots")
+
+
+def test_what_the_guest_writes_is_in_the_snapshot_whatever_was_asked_of_qemus_disks(
+    machine: GuestMachine, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    for command, arguments in {
+        "blockdev-snapshot-sync": {
+            "node_name": "root",
+            "snapshot_file": str(other),
+            "snapshot_node_name": "o",
+        },
+        "drive-mirror": {"device": "root", "target": str(other), "sync": "full"},
+        "block_resize": {"node_name": "root", "size": 128 << 20},
+        "eject": {"id": "rng"},
+    }.items():
+        with pytest.raises(StillframeError, match=f"The command {command} has not been found"):
+            machine.execute(command, **arguments)
+    for line in (
+        f"snapshot_blkdev root {other} qcow2",
+        f"drive_backup -f root {other} raw",
+        f"drive_add/ if=none,id=other,file={machine.image},format=raw,read-only=on",
+        "change other medium",
+        "commit all",
+    ):
+        name = line.split()[0].removesuffix("/")
+        assert typed(machine, line) == f"unknown command: '{name}'\r\n"
+    assert not other.exists()
+    # So it is with what QEMU would let a client set of a device at work.
+    for path, name in (("/machine/peripheral-anon/device[0]", "drive"), ("/machine", "pflash0")):
+        with pytest.raises(StillframeError, match=f"Property '{name}' of .* cannot be set"):
+            machine.execute("qom-set", path=path, property=name, value="root")
+        assert f"Error: Property '{name}' of" in typed(machine, f'qom-set "{path}" {name} "root"')
+    # Where the guest has nothing of its own.
+    write = "write -P 0x77 32M 64k"
+    assert typed(machine, f'qemu-io -d {BLOCK_BACKEND} "{write}"') == ""
+    machine.save("one")
+    content = tmp_path / "content"
+    words = ["convert", "-U", "-l", "snapshot.name=one", "-O", "raw", str(machine.image), str(content)]
+    subprocess.run([peer("qemu-img", "7.2"), *words], check=True)
+    with content.open("rb") as file:
+        file.seek(32 << 20)
+        assert file.read(1 << 16) == b"\x77" * (1 << 16)
+
+
+BLOCK_BACKEND = "/machine/peripheral-anon/device[0]/virtio-backend"
+
+
+def typed(machine: GuestMachine, line: str) -> str:
+    """What a line prints at the human monitor."""
+    return str(machine.execute("human-monitor-command", command_line=line))
+
+
+def test_node_that_was_added_to_a_running_machine_is_refused_as_its_disk_and_can_be_closed(
+    machine: GuestMachine,
+) -> None:
+    machine.execute("blockdev-add", driver="null-co", node_name="late", size=1 << 20)
+    with pytest.raises(
+        StillframeError, match=r"Device 'virtio-blk-pci' cannot use node 'late': .* command line"
+    ):
+        machine.execute("device_add", driver="virtio-blk-pci", drive="late", id="disk")
+    printed = typed(machine, "device_add virtio-blk-pci,drive=late,id=disk")
+    assert printed.startswith("Error: Device 'virtio-blk-pci' cannot use node 'late'")
+    # What no node of ours is called, QEMU may know.
+    with pytest.raises(StillframeError) as refused:
+        machine.execute("device_add", driver="virtio-blk-pci", drive="no-such-node", id="disk")
+    assert "cannot use node" not in str(refused.value)
+    machine.execute("blockdev-del", node_name="late")
 
 
 def test_schema_tells_of_our_commands_as_they_are_here_and_of_qemus_as_it_has_them(

@@ -114,4 +114,5 @@ def qemu_config(
         home=home,
         keep_after_shutdown=options.keep_after_shutdown,
         reconnect_seconds=options.reconnect,
+        is_node=lambda name: graph.get(name) is not None,
     )

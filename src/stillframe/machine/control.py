@@ -33,6 +33,13 @@ class OtherMonitor(Protocol):
         """Its answer. :raise Refused: it says no, in its words. :raise PeerError: it does not answer."""
         ...
 
+    def execute_typed(self, command: str, words: Sequence[str], line: str) -> str:
+        """What a line prints at its human monitor. :param command: that it begins with. :param words: that follow.
+
+        :raise CommandNotFound: it is none that may be given there. :raise Unsupported: not with these words.
+        """
+        ...
+
     def commands(self) -> Sequence[str]:
         """The names of its commands that may be given."""
         ...

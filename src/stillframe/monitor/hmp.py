@@ -4,12 +4,13 @@ A line is a command's name and its words, divided by white space; a word in doub
 \\n \\r \\\\ \\' \\" as escapes. Errors are printed as `Error: ...`. Lines end in CR LF.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from stillframe.block.listing import snapshot_table
-from stillframe.errors import NotFound, StillframeError
+from stillframe.errors import CommandNotFound, NotFound, StillframeError, Unsupported
 from stillframe.jobs import JobContext
 from stillframe.machine.run_state import RunState
 from stillframe.monitor.host import Host
@@ -49,12 +50,12 @@ class _BadWords(Exception):
 
 def run(host: Host, line: str) -> str:
     """Run one line, and return what it prints."""
-    name, rest = _first(line)
-    if not name:
+    if not line.strip():
         return ""
+    name, rest = _name(line)
     commands, prefix = COMMANDS, ""
     if name == "info":
-        sub, after = _first(rest)
+        sub, after = _name(rest)
         if not sub:
             return _help(INFO, "info ")
         commands, prefix, name, rest = INFO, "info ", sub, after
@@ -75,9 +76,21 @@ def run(host: Host, line: str) -> str:
 def _passed(host: Host, line: str) -> str | None:
     """What whoever runs the guest prints, where that is not us."""
     other = host.machine.other_monitor
-    if other is None or line.split()[0].startswith("migrate"):
+    if other is None:
         return None
-    return str(other.execute("human-monitor-command", {"command-line": line}))
+    name, rest = _name(line)
+    try:
+        return other.execute_typed(name, _all_words(rest), line)
+    except CommandNotFound:
+        return None
+    except Unsupported as error:
+        return f"Error: {error}\r\n"
+
+
+def _name(text: str) -> tuple[str, str]:
+    """A command's name and what follows; QEMU's ends at a slash as well, as in `x/4i`."""
+    found = re.match(r"\s*([^\s/]*)(.*)", text, re.DOTALL)
+    return (found[1], found[2]) if found else ("", "")
 
 
 def _first(line: str) -> tuple[str, str]:
@@ -108,6 +121,17 @@ def _word(text: str) -> tuple[str | None, str]:
         characters.append(character)
         position += 1
     return None, ""
+
+
+def _all_words(rest: str) -> list[str]:
+    """Up to one that cannot be read, where QEMU stops, too."""
+    words = []
+    while rest.strip():
+        word, rest = _word(rest)
+        if word is None:
+            break
+        words.append(word)
+    return words
 
 
 def _words(command: HumanCommand, rest: str) -> list[str]:

@@ -5,7 +5,7 @@ handed on as it stands, but for what would take the machine's state out of our h
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -38,6 +38,7 @@ class QemuConfig:
     :param home: the machine's directory. :param keep_after_shutdown: a guest that powers itself off does not end the machine.
     :param reconnect_seconds: for which the guest's disk requests wait while nobody serves them; then they fail.
     :param agent: the guest gets a port for QEMU's guest agent, whose other end is ours.
+    :param is_node: whether there is a node of that name now, among those of ours that it does not use as well.
     """
 
     name: str | None
@@ -57,6 +58,7 @@ class QemuConfig:
     keep_after_shutdown: bool
     reconnect_seconds: int
     agent: bool = False
+    is_node: Callable[[str], bool] = lambda name: False
 
 
 def refuse_words(words: Sequence[str]) -> None:

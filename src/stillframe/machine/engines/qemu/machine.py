@@ -21,7 +21,6 @@ from typing import Any, Final
 
 from stillframe.block.node import Node
 from stillframe.errors import (
-    CommandNotFound,
     Failed,
     NotFound,
     PeerError,
@@ -31,6 +30,7 @@ from stillframe.errors import (
 )
 from stillframe.events import Event, EventBus
 from stillframe.machine.control import Quiesce, Successor
+from stillframe.machine.engines.qemu import passing
 from stillframe.machine.engines.qemu.adopt import active_table, end_migration
 from stillframe.machine.engines.qemu.beside import beside, does_not_start
 from stillframe.machine.engines.qemu.capture import Capture, Capturing, Instant, MigrationStatus, Pause
@@ -57,10 +57,6 @@ _QUIT_SECONDS: Final = 10.0
 _STATUS_SECONDS: Final = 1.0
 _HIDDEN_EVENTS: Final = frozenset({"MIGRATION", "MIGRATION_PASS"})
 _NOBODY_ASKED: Final = frozenset({"host-signal", "host-error"})
-_OURS_ALONE: Final = frozenset(
-    {"quit", "qmp_capabilities", "query-migrate", "query-migrate-capabilities", "query-migrate-parameters"}
-    | {"blockdev-add", "blockdev-del", "blockdev-reopen", "snapshot-save", "snapshot-load", "snapshot-delete"}
-)
 _OTHER_STATES: Final = {
     "postmigrate": RunState.PAUSED,
     "finish-migrate": RunState.SAVE_VM,
@@ -335,14 +331,21 @@ class QemuMachine:
 
     def execute(self, command: str, arguments: Mapping[str, Any]) -> Any:
         """A client's command that is not ours. :raise Refused: QEMU says no, or it would take the state out of our hands."""
-        if command in _OURS_ALONE or command.startswith("migrate"):
-            raise CommandNotFound(f"The command {command} has not been found")
+        passing.refuse(command, arguments, self._is_new)
         return self._ask(command, arguments)
+
+    def execute_typed(self, command: str, words: Sequence[str], line: str) -> str:
+        """See `control.OtherMonitor`."""
+        passing.refuse_typed(command, words, self._is_new)
+        return str(self._ask("human-monitor-command", {"command-line": line}))
+
+    def _is_new(self, name: str) -> bool:
+        """Whether a node is ours, and none of QEMU's."""
+        return self._config.is_node(name) and all(node.node_name != name for node in self._config.nodes)
 
     def commands(self) -> Sequence[str]:
         """The names of QEMU's commands that `execute` takes."""
-        found = [each["name"] for each in self._ask("query-commands")]
-        return [name for name in found if name not in _OURS_ALONE and not name.startswith("migrate")]
+        return [each["name"] for each in self._ask("query-commands") if passing.is_passed(each["name"])]
 
     # What we do to it
 
