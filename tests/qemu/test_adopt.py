@@ -5,6 +5,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from running import stillframe
 from stillframe.block.qcow2 import unflushed
 from stillframe.client import Client
 from stillframe.errors import StillframeError
+from stillframe.machine.engines.qemu.monitor import QemuMonitor
+from stillframe.sockets import connected_unix_socket
 
 ROUNDS = int(os.environ.get("STILLFRAME_ADOPT_ROUNDS", "2"))
 
@@ -239,3 +242,59 @@ def why_not(directory: Path) -> str | None:
     except AssertionError:
         return (directory / "stderr").read_text()
     return None
+
+
+def own_monitor(runtime: Path) -> QemuMonitor:
+    """That of the QEMU of 'box', which nobody else may be connected to."""
+    (path,) = runtime.glob("box.qemu/*/qmp")
+    return QemuMonitor(connected_unix_socket(path), lambda _: None)
+
+
+def write_to_disk(monitor: QemuMonitor, runtime: Path) -> str:
+    """Through the disk that the guest has; what QEMU has printed when that has ended. The monitor is closed."""
+    (printed,) = runtime.glob("box.qemu/*/errors")
+    device = "/machine/peripheral-anon/device[0]/virtio-backend"
+    try:
+        line = f'qemu-io -d {device} "write -P 171 0 4k"'
+        monitor.execute("human-monitor-command", {"command-line": line})
+    finally:
+        monitor.close()
+    return printed.read_text()
+
+
+def holds(image: Path, byte: int) -> bool:
+    """Whether the disk begins with 4 KiB of it."""
+    words = [peer("qemu-io"), "-r", "-c", f"read -P {byte} 0 4k", str(image)]
+    return subprocess.run(words, stdout=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.parametrize("version", versions("qemu"))
+def test_write_that_nobody_serves_in_the_stated_time_fails_and_is_not_done_afterwards(
+    version: str, tmp_path: Path, runtime: Path
+) -> None:
+    with SmallMachine(tmp_path / "m", version, "--name", "box", "--reconnect", "1") as machine:
+        machine.beat()
+        machine.kill()
+        assert "write failed: Input/output error" in write_to_disk(own_monitor(runtime), runtime)
+        with adopted(tmp_path / "again") as again:
+            again.beat()
+            again.quit()
+    assert holds(machine.image, 0)
+
+
+@pytest.mark.parametrize("version", versions("qemu"))
+def test_write_that_waits_is_done_when_the_machine_is_taken_over_in_the_stated_time(
+    version: str, tmp_path: Path, runtime: Path
+) -> None:
+    with SmallMachine(tmp_path / "m", version, "--name", "box", "--reconnect", "120") as machine:
+        machine.beat()
+        machine.kill()
+        monitor = own_monitor(runtime)
+        with ThreadPoolExecutor(1) as beside:
+            written = beside.submit(write_to_disk, monitor, runtime)
+            # It serves the disks, and waits for the monitor that is in use until the write has ended.
+            with adopted(tmp_path / "again") as again:
+                assert "wrote 4096/4096 bytes" in written.result()
+                again.beat()
+                again.quit()
+    assert holds(machine.image, 171)

@@ -39,6 +39,7 @@ from stillframe.machine.engines.qemu.console import SerialRelay
 from stillframe.machine.engines.qemu.disks import DiskExports, disks_of
 from stillframe.machine.engines.qemu.display import Addresses, addresses, move
 from stillframe.machine.engines.qemu.home import LoadNote, ProcessNote, open_process
+from stillframe.machine.engines.qemu.last_known import LastKnown
 from stillframe.machine.engines.qemu.monitor import STOPPED_BY_US, asked, let_run
 from stillframe.machine.engines.qemu.outside import refuse_outside_state
 from stillframe.machine.engines.qemu.process import QemuProcess, socket_words
@@ -57,11 +58,6 @@ _QUIT_SECONDS: Final = 10.0
 _STATUS_SECONDS: Final = 1.0
 _HIDDEN_EVENTS: Final = frozenset({"MIGRATION", "MIGRATION_PASS"})
 _NOBODY_ASKED: Final = frozenset({"host-signal", "host-error"})
-_OTHER_STATES: Final = {
-    "postmigrate": RunState.PAUSED,
-    "finish-migrate": RunState.SAVE_VM,
-    "inmigrate": RunState.RESTORE_VM,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +84,9 @@ class QemuMachine:
         self._exports = DiskExports(self._home.path / "disks", config.nodes)
         self._serial = SerialRelay(config.console) if config.console is not None else None
         self._control = threading.RLock()
-        self._quiet = 0
-        self._stops_itself = False
-        self._stop_asked = False
+        self._last_known = LastKnown()
         self._quiescing = Quiescing(self._agent_port, self.runs, has_port=config.agent)
         self._number = 0
-        self._state = RunState.PRELAUNCH
         self._memory_lost: str | None = None
         self._left_behind: LeftBehind | None = None
         self._told: Shutdown | None = None
@@ -129,17 +122,14 @@ class QemuMachine:
 
     @property
     def run_state(self) -> RunState:
-        """What it is doing now; what it did last where QEMU does not answer soon."""
+        """What it is doing now; what is last known where QEMU does not answer soon, or owes an answer anyway."""
         if self._memory_lost is not None:
             return RunState.IO_ERROR if self._left_behind is None else RunState.INTERNAL_ERROR
-        if self._quiet == 0 and self._process is not None:
+        process = self._process
+        if process is not None and not self._last_known.in_pause and not process.monitor.owes_an_answer:
             with contextlib.suppress(PeerError):
-                self._state = self._query_state(_STATUS_SECONDS)
-        return self._state
-
-    def _query_state(self, seconds: float) -> RunState:
-        word = self._qemu.monitor.execute("query-status", seconds=seconds)["status"]
-        return _OTHER_STATES.get(word) or RunState(word)
+                self._last_known.ask(process.monitor, _STATUS_SECONDS)
+        return self._last_known.state
 
     @property
     def shutdown(self) -> Shutdown | None:
@@ -192,7 +182,8 @@ class QemuMachine:
         finally:
             self._begun.set()
         self._attach_serial(process)
-        if record.runs and process.monitor.execute("query-status")["status"] in STOPPED_BY_US:
+        runs = self.runs()
+        if record.runs and not runs and process.monitor.execute("query-status")["status"] in STOPPED_BY_US:
             process.monitor.execute("cont")
         self._home.forget_intent()
 
@@ -231,9 +222,7 @@ class QemuMachine:
             self._serial.attach(connected_unix_socket(process.directory / "serial"))
 
     def _hear(self, event: Event) -> None:
-        if event.name in _HIDDEN_EVENTS or (self._quiet and event.name in ("STOP", "RESUME")):
-            return
-        if event.name == "STOP" and self._stops_itself and not self._stop_asked:
+        if not self._last_known.hear(event) or event.name in _HIDDEN_EVENTS:
             return
         if event.name == "SHUTDOWN":
             if self._shutdown is not None:
@@ -252,12 +241,13 @@ class QemuMachine:
     def _say_why_it_ended(self, process: QemuProcess) -> None:
         if self._shutdown is None:
             self._shutdown = self._told or Shutdown(guest=False, reason="host-error")
-            self._state = RunState.SHUTDOWN
+            state = RunState.SHUTDOWN
             if self._told is None or self._told.reason in _NOBODY_ASKED or process.exit_status:
                 self.failure = (
                     f"QEMU ended with {process.exit_text}: {process.last_words or 'it said nothing'}"
                 )
-                self._state = RunState.INTERNAL_ERROR
+                state = RunState.INTERNAL_ERROR
+            self._last_known.end(state)
             if self._told is None:
                 self.events.emit("SHUTDOWN", guest=False, reason="host-error")
 
@@ -297,8 +287,9 @@ class QemuMachine:
     def stop(self) -> None:
         """Pause the guest; a pause of ours is waited for."""
         with self._control:
-            self._stop_asked = True
+            self._last_known.stop_asked = True
             self._ask("stop")
+            self._last_known.stopped()
             self._home.forget_intent()
 
     def cont(self) -> None:
@@ -309,7 +300,7 @@ class QemuMachine:
                 let_run(self._qemu.monitor, _QUIT_SECONDS)
             except PeerError as error:
                 raise asked(error) from error
-            self._stop_asked = False
+            self._last_known.stop_asked = False
         self._quiescing.wake_if_due()
 
     def reset(self) -> None:
@@ -361,8 +352,7 @@ class QemuMachine:
 
         :param stop: stops it in another way than by the command.
         """
-        with self._control:
-            self._quiet += 1
+        with self._control, self._last_known.pause():
             try:
                 gone = self._left_behind
                 pause = Pause(ran=self.runs() if gone is None else gone.ran)
@@ -374,7 +364,7 @@ class QemuMachine:
                     elif pause.ran and gone is None:
                         self._qemu.monitor.execute("stop")
                         # One that had stopped by itself in that moment is not to go on.
-                        pause.ran = self._query_state(_QUIT_SECONDS) is RunState.PAUSED
+                        pause.ran = self._last_known.ask(self._qemu.monitor, _QUIT_SECONDS) is RunState.PAUSED
                     yield pause
                 finally:
                     if pause.ran and not self._qemu.monitor.ended and self._memory_lost is None:
@@ -382,25 +372,24 @@ class QemuMachine:
                         if not self.runs():
                             let_run(self._qemu.monitor, _QUIT_SECONDS)
             finally:
-                self._quiet -= 1
                 self._home.forget_intent()
 
     def runs(self) -> bool:
         """Whether QEMU says so."""
-        return self._query_state(_QUIT_SECONDS) is RunState.RUNNING
+        return self._last_known.ask(self._qemu.monitor, _QUIT_SECONDS) is RunState.RUNNING
 
     def stop_asked(self) -> bool:
         """See `capture.Guest`."""
-        return self._stop_asked
+        return self._last_known.stop_asked
 
     @contextmanager
     def stopping_itself(self) -> Iterator[None]:
         """See `capture.Guest`."""
-        self._stops_itself = True
+        self._last_known.stops_itself = True
         try:
             yield
         finally:
-            self._stops_itself = False
+            self._last_known.stops_itself = False
 
     @contextmanager
     def standing_still(self, decides: Node, *, gone: str | None = None) -> Iterator[None]:
@@ -521,7 +510,11 @@ class QemuMachine:
         # Nothing may fail from here on: the images would go back.
         former, self._process, self._status = self._qemu, process, successor.status
         self._memory_lost = None
+        self._last_known.another()
         self._quiescing.loaded()
+        with contextlib.suppress(PeerError):
+            # It may stand still in the run state of the snapshot.
+            self._last_known.ask(process.monitor, _STATUS_SECONDS)
         with contextlib.suppress(PeerError):
             self._attach_serial(process)
         display = addresses(former.monitor) if self._left_behind is None else self._left_behind.display

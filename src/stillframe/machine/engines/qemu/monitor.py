@@ -54,6 +54,7 @@ class QemuMonitor:
         self._answered = threading.Condition()
         self._answers: dict[int, dict[str, Any]] = {}
         self._waiting: set[int] = set()
+        self._given_up: set[int] = set()
         self._ids = itertools.count()
         self._ended = False
         self._lines = connection.makefile("rb")
@@ -97,6 +98,8 @@ class QemuMonitor:
             with self._answered:
                 there = self._answered.wait_for(lambda: number in self._answers or self._ended, seconds)
                 answer = self._answers.pop(number, None)
+                if not there:
+                    self._given_up.add(number)
         finally:
             with self._answered:
                 self._waiting.discard(number)
@@ -131,6 +134,11 @@ class QemuMonitor:
                 self._socket.sendall(line)
         except OSError as error:
             raise PeerError(f"QEMU is gone, and did not get '{command}': {error.strerror}") from error
+
+    @property
+    def owes_an_answer(self) -> bool:
+        """Whether something was given up on that QEMU has still to answer. Until then it answers nothing else."""
+        return bool(self._given_up)
 
     @property
     def ended(self) -> bool:
@@ -169,6 +177,7 @@ class QemuMonitor:
 
     def _answer(self, message: dict[str, Any]) -> None:
         with self._answered:
+            self._given_up.discard(message.get("id", -1))
             if message.get("id") in self._waiting:
                 self._answers[message["id"]] = message
                 self._answered.notify_all()
@@ -204,7 +213,8 @@ def let_run(monitor: QemuMonitor, seconds: float) -> None:
             monitor.execute("cont")
             return
         except PeerError:
-            state = None if monitor.ended else monitor.execute("query-status")["status"]
+            silent = monitor.ended or monitor.owes_an_answer
+            state = None if silent else monitor.execute("query-status")["status"]
             if state not in ("finish-migrate", "postmigrate") or time.monotonic() > deadline:
                 raise
         time.sleep(0.002)
