@@ -1,5 +1,6 @@
 """Shared by all tests: which QEMU a test is held against (see peers.py), and nothing of one family of tests alone."""
 
+import shutil
 import signal
 from collections.abc import Iterator
 from zlib import crc32
@@ -33,3 +34,21 @@ def _one_qemu(request: pytest.FixtureRequest) -> Iterator[None]:
         chosen = [choice[crc32(f"{request.path.name} {request.node.name}".encode()) % len(choice)]]
     with using(chosen[0]):
         yield
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A run that passes keeps no directories: they are more than ten gigabytes, and a day's runs filled the host.
+
+    Not those of each test at its end, as pytest can do: another file would have the inode of one that a test has abandoned without
+    closing it, and would wait for its record of unflushed writes.
+    """
+    factory = getattr(session.config, "_tmp_path_factory", None)
+    if (
+        exitstatus == pytest.ExitCode.OK
+        and factory is not None
+        and not hasattr(session.config, "workerinput")
+    ):
+        kept = session.config.getoption("basetemp") or factory._basetemp
+        if kept is not None:
+            shutil.rmtree(kept, ignore_errors=True)
